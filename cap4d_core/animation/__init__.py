@@ -1,0 +1,1 @@
+"""Driving an avatar: rendering, video and 3D export."""

@@ -1,0 +1,1 @@
+"""Measured quality of views and avatars."""

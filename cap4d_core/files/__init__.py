@@ -1,0 +1,1 @@
+"""Every on-disk format that stages exchange: reading with checks, atomic writing."""

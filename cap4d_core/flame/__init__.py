@@ -1,0 +1,1 @@
+"""The FLAME-format morphable head model."""

@@ -1,0 +1,1 @@
+"""Rotations, cameras, crops and mesh rasterization."""

@@ -1,0 +1,260 @@
+"""Typed settings of every stage: the only place for keys, defaults, ranges and meanings.
+
+Light on purpose (pydantic only): the Snakefile is parsed again in every cluster job.
+`cap4d_core.config` fills them from config.yaml, a quality preset and the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class StrictModel(BaseModel):
+    """Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HeadModelSettings(StrictModel):
+    """Morphable head model (rule prepare_head_model)."""
+
+    path: str = Field(
+        "auto",
+        description="Folder with the head model and its companions, or its .pkl; 'demo' builds the "
+        "procedural head; 'auto' = 'demo' for demo subjects, else assets/flame.",
+    )
+    companions: str | None = Field(
+        None,
+        description="Folder of the companion files (templates, masks, blink, generation "
+        "expressions) when they do not lie beside the model.",
+    )
+
+
+class TrackingSettings(StrictModel):
+    """Fit of the head model to the input (rules track_subject, track_driving)."""
+
+    backend: Literal["precomputed"] = Field(
+        "precomputed", description="'precomputed' imports ready fits in the released format."
+    )
+    foreign_basis: bool = Field(
+        False,
+        description="The fits were made with a head model of another shape/expression basis: keep "
+        "pose, camera, gaze and blink, set the other coefficients to zero.",
+    )
+
+
+class MMDMSettings(StrictModel):
+    """Weights of the multi-view diffusion model (rule prepare_mmdm)."""
+
+    path: str | None = Field(
+        None,
+        description="Released .ckpt or a folder written by prepare_mmdm; needed when "
+        "sampling.num_views > 0.",
+    )
+    sha256: str | None = Field(None, description="Expected SHA-256 of the .ckpt; checked when set.")
+
+
+class SamplingSettings(StrictModel):
+    """Multi-view diffusion sampling (rules plan_views to decode_views)."""
+
+    num_views: int = Field(
+        840,
+        ge=0,
+        description="Views to generate per subject; 0 fits the avatar on the reference images alone.",
+    )
+    num_inference_steps: int = Field(100, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(
+        2.0, ge=0, description="Classifier-free guidance; 1 switches it off."
+    )
+    max_references: int = Field(
+        4,
+        ge=1,
+        description="References per network call (R is the smaller of this and their count).",
+    )
+    views_per_call: int = Field(
+        8, ge=2, description="Views per network call, references included; fixed by the weights."
+    )
+    resolution: int = Field(
+        512, ge=16, description="Side of reference and generated images, pixels."
+    )
+    yaw_range_deg: float = Field(55.0, ge=0, le=180, description="Half axis of the view ellipse.")
+    pitch_range_deg: float = Field(20.0, ge=0, le=90, description="Half axis of the view ellipse.")
+    expression_factor: float = Field(1.0, ge=0, description="Scales the generated expressions.")
+    base_reference: int | None = Field(
+        None, ge=0, description="Reference that views are planned around; null = the most frontal."
+    )
+    num_shards: int = Field(
+        8, ge=1, description="Parts of the views, one GPU job each per round; changes results."
+    )
+    sync_steps: list[float] = Field(
+        [0.02, 0.06, 0.14, 0.30],
+        description="Where all views are dealt to the shards anew: step indices (whole numbers) or "
+        "fractions of the steps; each starts a new round.",
+    )
+    seed: int = Field(124, ge=0, description="Base seed; every view derives its own noise from it.")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto", description="'auto' = bf16 on GPUs that have it, fp32 on the CPU."
+    )
+    low_memory: bool = Field(
+        False, description="Tiles the autoencoder and shrinks batches: less than 8 GB at 512 px."
+    )
+    checkpoint_every_steps: int = Field(
+        5, ge=1, description="A killed shard job resumes from its last multiple of this."
+    )
+    preview_every_steps: int = Field(
+        0, ge=0, description="Decode a progress picture every so many steps; 0 = only at the end."
+    )
+    parity: bool = Field(
+        False, description="Reproduce the published view planning, slips included (docs/parity.md)."
+    )
+
+
+class FittingSettings(StrictModel):
+    """Gaussian avatar fitting (rule fit_avatar)."""
+
+    iterations: int = Field(100_000, ge=1, description="Optimisation steps.")
+    batch_size: int = Field(1, ge=1, description="Views per step; learning rates follow sqrt(B).")
+    use_generated_views: bool = Field(
+        True, description="Fit on generated views too; false = reference images only."
+    )
+    reference_images: Literal["original", "autoencoded"] = Field(
+        "original",
+        description="Fit on the reference crops themselves or on their autoencoder round trips "
+        "(published).",
+    )
+    uv_resolution: int = Field(128, description="Side of the UV grid the splats are bound to.")
+    num_gaussians_init: int = Field(100_000, ge=1, description="Splats to place at the start.")
+    min_gaussians_per_face: int = Field(2, ge=1, description="At least this many on every face.")
+    use_lower_jaw: bool = Field(True, description="Lower half of the mouth interior.")
+    sh_degree: int = Field(3, ge=0, le=3, description="Spherical harmonics degree of the colours.")
+    sh_warmup: int = Field(1_000, ge=1, description="Steps between increases of the active degree.")
+    deform_net_channels: int = Field(64, ge=4, description="Width of the deformation U-Net.")
+    deform_net_layers: int = Field(6, ge=2, description="Down-samplings of the deformation U-Net.")
+    static_neck: bool = Field(False, description="No learned per-frame neck rotation.")
+    densify_from: int = Field(8_000, ge=0)
+    densify_until: int = Field(70_000, ge=0)
+    densification_interval: int = Field(2_000, ge=1)
+    opacity_reset_interval: int = Field(20_000, ge=1)
+    densify_grad_threshold: float = Field(
+        1e-6, ge=0, description="Loss per pixel, at 512 px images."
+    )
+    percent_dense: float = Field(0.01, ge=0, description="Splats larger than this (m) are split.")
+    lr_position: float = Field(5e-3, ge=0, description="Initial; decays to a hundredth.")
+    lr_feature: float = Field(2.5e-3, ge=0)
+    lr_opacity: float = Field(0.025, ge=0)
+    lr_scaling: float = Field(5e-3, ge=0)
+    lr_rotation: float = Field(1e-3, ge=0)
+    lr_deform_net: float = Field(1e-5, ge=0, description="Initial; decays to a hundredth.")
+    lr_neck: float = Field(1e-5, ge=0, description="Initial; decays to a hundredth.")
+    weight_decay_deform_net: float = Field(2e-3, ge=0)
+    lambda_dssim: float = Field(0.4, ge=0, le=1)
+    lambda_lpips_end: float = Field(0.9, ge=0, le=1, description="Final share of the LPIPS term.")
+    w_lpips: float = Field(0.1, ge=0)
+    lpips_start: int = Field(10_000, ge=0)
+    lpips_end: int = Field(60_000, ge=0)
+    lpips_weights: str | None = Field(
+        None, description="LPIPS (VGG16 + linear heads) weights file; null = fit without LPIPS."
+    )
+    require_lpips: bool = Field(False, description="Absent LPIPS weights are an error.")
+    lambda_scale: float = Field(1.0, ge=0)
+    threshold_scale: float = Field(1.0, ge=0)
+    metric_scale: bool = False
+    lambda_xyz: float = Field(1e-3, ge=0)
+    threshold_xyz: float = Field(2.0, ge=0)
+    metric_xyz: bool = False
+    lambda_laplacian: float = Field(1.0, ge=0)
+    lambda_relative_deform: float = Field(0.4, ge=0)
+    lambda_relative_rot: float = Field(0.005, ge=0)
+    lambda_neck: float = Field(1.0, ge=0)
+    evaluate_every: int = Field(10_000, ge=1, description="Steps between evaluations and previews.")
+    checkpoint_every_s: float = Field(
+        120.0, gt=0, description="Seconds between checkpoints; a killed fit resumes from the last."
+    )
+    renderer: Literal["auto", "gsplat", "cpu", "torch"] = Field(
+        "auto", description="'auto' = gsplat on CUDA, the built-in renderer on the CPU."
+    )
+    seed: int = Field(0, ge=0)
+    parity: bool = Field(
+        False, description="Reproduce the published arithmetic, defects included (docs/parity.md)."
+    )
+
+
+class AnimationSettings(StrictModel):
+    """Rendering of driven avatars (rule animate_avatar)."""
+
+    fps: float | None = Field(
+        None, gt=0, description="null = that of the driving sequence, else 24."
+    )
+    resolution: int | None = Field(
+        None, ge=16, description="Height in pixels; null = that of the trajectory."
+    )
+    background: tuple[float, float, float] = Field((1.0, 1.0, 1.0), description="RGB in 0..1.")
+    transparent: bool = Field(False, description="Also write renders.mov (ProRes 4444 with alpha).")
+    export_ply: bool = Field(True, description="Write exported_animation.ply.")
+    compress_ply: bool = Field(False, description="8-bit vertex offsets in exported_animation.ply.")
+    frame_batch: int = Field(8, ge=1, description="Frames rendered at once.")
+    crf: int = Field(18, ge=0, le=51, description="H.264 quality; lower is better.")
+
+
+class SubjectSettings(StrictModel):
+    """Everything above, as one object: what config.yaml may hold besides tables."""
+
+    head_model: HeadModelSettings = HeadModelSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    mmdm: MMDMSettings = MMDMSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    fitting: FittingSettings = FittingSettings()
+    animation: AnimationSettings = AnimationSettings()
+
+
+# What each quality preset sets; every other key keeps its default. Released values, except `demo`.
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "debug": {
+        "sampling": {"num_inference_steps": 10, "num_views": 28, "num_shards": 1},
+        "fitting": {
+            "iterations": 1_000,
+            "sh_warmup": 100,
+            "densify_from": 80,
+            "densify_until": 700,
+            "densification_interval": 200,
+            "opacity_reset_interval": 200,
+            "lpips_start": 100,
+            "lpips_end": 600,
+            "num_gaussians_init": 100_000,
+        },
+    },
+    "low": {
+        "sampling": {"num_inference_steps": 50, "num_views": 210},
+        "fitting": {
+            "iterations": 25_000,
+            "sh_warmup": 500,
+            "densify_from": 2_000,
+            "densify_until": 24_000,
+            "densification_interval": 1_000,
+            "opacity_reset_interval": 10_000,
+            "lpips_start": 4_000,
+            "lpips_end": 24_000,
+            "num_gaussians_init": 25_000,
+        },
+    },
+    "medium": {
+        "sampling": {"num_inference_steps": 50, "num_views": 420},
+        "fitting": {
+            "iterations": 50_000,
+            "sh_warmup": 1_000,
+            "densify_from": 4_000,
+            "densify_until": 40_000,
+            "densification_interval": 2_000,
+            "opacity_reset_interval": 10_000,
+            "lpips_start": 5_000,
+            "lpips_end": 40_000,
+            "num_gaussians_init": 50_000,
+        },
+    },
+    "default": {},
+    "high": {},
+}

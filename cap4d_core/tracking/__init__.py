@@ -1,0 +1,1 @@
+"""Fits of the head model to photos and video."""
