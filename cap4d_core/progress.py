@@ -24,7 +24,8 @@ class Progress:
 class ProgressCallback(Protocol):
     """What long loops call after every unit of work."""
 
-    def __call__(self, progress: Progress) -> None: ...
+    def __call__(self, progress: Progress) -> None:
+        """Takes the state after a unit of work."""
 
 
 class ProgressLogger:
@@ -40,6 +41,7 @@ class ProgressLogger:
         self._first_done: int | None = None
 
     def __call__(self, progress: Progress) -> None:
+        """Logs the state when it is due."""
         now = time.monotonic()
         if self._first_done is None:
             # A resumed loop starts above zero; its rate counts only what this process did.

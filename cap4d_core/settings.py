@@ -64,7 +64,7 @@ class SamplingSettings(StrictModel):
     num_views: int = Field(
         840,
         ge=0,
-        description="Views to generate per subject; 0 fits the avatar on the reference images alone.",
+        description="Views to generate per subject; 0 fits the avatar on the reference images.",
     )
     num_inference_steps: int = Field(100, ge=1, description="Denoising steps.")
     guidance_scale: float = Field(

@@ -1,7 +1,7 @@
 """Fits of the head model to images, in the released formats.
 
 Frames (all angles are rotation vectors in radians, lengths in metres):
-    head space: +x to the viewer's right when the face looks at the viewer, +y up, +z out of the face.
+    head space: +x to the viewer's right when the face looks at them, +y up, +z out of the face.
     OpenCV space: y and z negated. `extr` maps OpenCV world points to the camera (+z forward).
 Image sizes are (height, width). Intrinsics are in pixels of the full image.
 """

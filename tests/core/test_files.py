@@ -145,7 +145,7 @@ def test_wrong_reference_list(tmp_path: Path, entries: list[object], message: st
 def test_missing_image_says_how_many(tmp_path: Path) -> None:
     folder = make_subject(tmp_path / "ana")
     (folder / "images/cam0/00000002.png").unlink()
-    with pytest.raises(InputFileError, match="2 images.*at least 3"):
+    with pytest.raises(InputFileError, match=r"2 images.*at least 3"):
         read_tracked_subject(folder)
 
 
