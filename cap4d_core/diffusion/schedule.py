@@ -6,12 +6,13 @@ float32 once, because float32 products lose the small abar at the noisy end.
 
 Construction: "scaled linear" betas (Rombach et al. 2022), zero terminal SNR (Lin et al. 2023,
 algorithm 1) with the last beta clipped, then a constant factor on the signal-to-noise ratio
-abar / (1 - abar), smaller for more jointly denoised frames and larger images (Hoogeboom et al. 2023,
-Gao et al. 2024).
+abar / (1 - abar), smaller for more jointly denoised frames and larger images (Hoogeboom et al.
+2023, Gao et al. 2024).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,7 +56,7 @@ class ScheduleConfig(BaseModel):
             raise ValueError("minus_one_shift needs num_frames >= 2 (it divides by num_frames - 1)")
         ratio = self.base_image_size**2 / (self.image_size**2 * frames)
         if self.sqrt_shift:
-            ratio = float(np.sqrt(ratio))
+            ratio = math.sqrt(ratio)
         return 1.0 / ratio if self.negative_shift else ratio
 
 
@@ -95,12 +96,10 @@ class NoiseSchedule:
 
     def __init__(self, config: ScheduleConfig | None = None) -> None:
         self.config = config = config or ScheduleConfig()
-        betas = (
-            np.linspace(
-                np.sqrt(config.beta_start), np.sqrt(config.beta_end), config.num_train_timesteps
-            )
-            ** 2
+        roots = np.linspace(
+            math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.num_train_timesteps
         )
+        betas = roots.astype(np.float64) ** 2
         self.base_betas_f64: Float64Array = betas
         if config.zero_snr:
             betas = _rescale_to_zero_terminal_snr(betas)
@@ -120,6 +119,11 @@ class NoiseSchedule:
             self.shift_ratio = 1.0
             self.alphas_cumprod_f64 = self.alphas_cumprod_before_shift_f64
             self.betas_f64 = clipped
+
+    @classmethod
+    def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
+        """The schedule of these parameters (`MMDMConfig.schedule` for a model)."""
+        return cls(config)
 
     @property
     def num_train_timesteps(self) -> int:

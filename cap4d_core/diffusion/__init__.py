@@ -1,0 +1,1 @@
+"""Multi-view diffusion: schedule, network, conditioning, sharded sampling."""
