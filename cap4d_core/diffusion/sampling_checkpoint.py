@@ -1,0 +1,76 @@
+"""Checkpoints of a shard, so that a killed job goes on where it was.
+
+A checkpoint belongs to one computation, named by a fingerprint of everything that enters it. It is
+never a result: the workflow does not know the file, and it is removed once the shard is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cap4d_core.errors import InputFileError
+from cap4d_core.files.basic import read_safetensors, write_safetensors
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """SHA-256 of plain JSON content, independent of key order."""
+    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()
+
+
+class SamplingCheckpoint:
+    """One checkpoint file of latents.
+
+    Args:
+        path: the file; its folder is made when needed.
+        fingerprint: of all inputs and settings of the computation.
+        every_steps: a checkpoint is written after each step whose number + 1 is a multiple.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: str, every_steps: int) -> None:
+        self.path = Path(path)
+        self.fingerprint = fingerprint
+        self.every_steps = every_steps
+
+    def load(self, first_step: int, end_step: int, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
+        """Next step to run and the latents before it, or None to start anew; logs which and why."""
+        if not self.path.exists():
+            return None
+        try:
+            tensors, metadata = read_safetensors(self.path, "a sampling checkpoint")
+        except InputFileError as error:
+            logger.warning("Starting anew: %s", error)
+            return None
+        if metadata.get("fingerprint") != self.fingerprint:
+            logger.warning(
+                "Starting anew: %s was made from other inputs or settings.", self.path
+            )
+            return None
+        latents = tensors.get("latents")
+        step = int(metadata.get("next_step", "-1"))
+        if latents is None or tuple(latents.shape) != shape or not first_step < step <= end_step:
+            logger.warning("Starting anew: %s does not hold what it should.", self.path)
+            return None
+        logger.info("Resuming at step %d from %s.", step, self.path)
+        return step, latents
+
+    def save_if_due(self, finished_step: int, latents: Tensor) -> None:
+        """Writes the latents after `finished_step` when that step is due."""
+        if (finished_step + 1) % self.every_steps == 0:
+            write_safetensors(
+                self.path,
+                {"latents": latents},
+                {"fingerprint": self.fingerprint, "next_step": str(finished_step + 1)},
+            )
+
+    def remove(self) -> None:
+        """Deletes the file, after success."""
+        self.path.unlink(missing_ok=True)
