@@ -142,14 +142,26 @@ class FittingSettings(StrictModel):
     densify_grad_threshold: float = Field(
         1e-6, ge=0, description="Loss per pixel, at 512 px images."
     )
+    max_gaussians: int = Field(
+        3_000_000, ge=1, description="More splats than this count as a diverged fit."
+    )
     percent_dense: float = Field(0.01, ge=0, description="Splats larger than this (m) are split.")
     lr_position: float = Field(5e-3, ge=0, description="Initial; decays to a hundredth.")
+    lr_position_final: float | None = Field(
+        None, ge=0, description="null = a hundredth of lr_position."
+    )
     lr_feature: float = Field(2.5e-3, ge=0)
     lr_opacity: float = Field(0.025, ge=0)
     lr_scaling: float = Field(5e-3, ge=0)
     lr_rotation: float = Field(1e-3, ge=0)
     lr_deform_net: float = Field(1e-5, ge=0, description="Initial; decays to a hundredth.")
+    lr_deform_net_final: float | None = Field(
+        None, ge=0, description="null = a hundredth of lr_deform_net."
+    )
     lr_neck: float = Field(1e-5, ge=0, description="Initial; decays to a hundredth.")
+    lr_neck_final: float | None = Field(
+        None, ge=0, description="null = a hundredth of lr_neck."
+    )
     weight_decay_deform_net: float = Field(2e-3, ge=0)
     lambda_dssim: float = Field(0.4, ge=0, le=1)
     lambda_lpips_end: float = Field(0.9, ge=0, le=1, description="Final share of the LPIPS term.")
@@ -187,7 +199,18 @@ class AnimationSettings(StrictModel):
     """Rendering of driven avatars (rule animate_avatar)."""
 
     fps: float | None = Field(
-        None, gt=0, description="null = that of the driving sequence, else 24."
+        None,
+        gt=0,
+        description="Playback rate; frames are not resampled. null = that of the trajectory, else "
+        "of the driving sequence, else 24.",
+    )
+    camera: Literal["auto", "static", "orbit"] = Field(
+        "auto",
+        description="'auto' = the given trajectory, else 'static'; 'static' = the camera of the "
+        "driving sequence; 'orbit' = that camera swinging about the head.",
+    )
+    short_trajectory: Literal["hold", "loop"] = Field(
+        "hold", description="What follows the last camera of a trajectory that is too short."
     )
     resolution: int | None = Field(
         None, ge=16, description="Height in pixels; null = that of the trajectory."
@@ -196,8 +219,18 @@ class AnimationSettings(StrictModel):
     transparent: bool = Field(False, description="Also write renders.mov (ProRes 4444 with alpha).")
     export_ply: bool = Field(True, description="Write exported_animation.ply.")
     compress_ply: bool = Field(False, description="8-bit vertex offsets in exported_animation.ply.")
+    export_splats: bool = Field(
+        True, description="Write avatar_frame0.ply: the first frame for any splat viewer."
+    )
+    png_frames: bool = Field(False, description="Also write frames/%05d.png.")
+    depth: bool = Field(False, description="Also write depth/%05d.png: 16 bits, millimetres.")
     frame_batch: int = Field(8, ge=1, description="Frames rendered at once.")
     crf: int = Field(18, ge=0, le=51, description="H.264 quality; lower is better.")
+    parity: bool = Field(
+        False,
+        description="Reproduce the published export: offsets rounded down, unused grid vertices "
+        "left as they are, depth truncated (docs/parity.md).",
+    )
 
 
 class SubjectSettings(StrictModel):
