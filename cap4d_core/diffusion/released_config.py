@@ -117,7 +117,10 @@ def config_from_released(
         else:
             if "scale_factor" in node:
                 result.setdefault("autoencoder", {})["scaling_factor"] = node["scale_factor"]
-            schedule |= _translate(node, _SCHEDULE)
+            found = _translate(node, _SCHEDULE)
+            if found and "image_size" in node:
+                found["image_size"] = node["image_size"]
+            schedule |= found
             conditioning |= _translate(node, _CONDITIONING)
     if schedule:
         result["schedule"] = schedule

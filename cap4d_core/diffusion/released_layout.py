@@ -28,11 +28,11 @@ DENOISER_PREFIX = "model.diffusion_model."
 AUTOENCODER_PREFIX = "first_stage_model."
 TABLES_PREFIX = "cond_stage_model."
 
-# released name -> name in conditioning.safetensors
+# released name -> name in conditioning.safetensors and `MMDM.tables`
 TABLE_NAMES = {
-    f"{TABLES_PREFIX}pos_encoding.freqs": "position_frequencies",
+    f"{TABLES_PREFIX}pos_encoding.freqs": "freqs",
     f"{TABLES_PREFIX}renderer.faces": "faces",
-    f"{TABLES_PREFIX}renderer.faces_uvs": "uv_faces",
+    f"{TABLES_PREFIX}renderer.faces_uvs": "faces_uvs",
     f"{TABLES_PREFIX}renderer.face_mask": "face_mask",
     f"{TABLES_PREFIX}renderer.props": "props",
 }

@@ -99,13 +99,15 @@ class NoiseSchedule:
         roots = np.linspace(
             math.sqrt(config.beta_start), math.sqrt(config.beta_end), config.num_train_timesteps
         )
-        betas = roots.astype(np.float64) ** 2
+        betas: Float64Array = np.asarray(roots, dtype=np.float64) ** 2
         self.base_betas_f64: Float64Array = betas
         if config.zero_snr:
             betas = _rescale_to_zero_terminal_snr(betas)
         self.unclipped_betas_f64: Float64Array = betas
         clipped = np.minimum(betas, config.max_beta)
-        self.alphas_cumprod_before_shift_f64: Float64Array = np.cumprod(1.0 - clipped)
+        self.alphas_cumprod_before_shift_f64: Float64Array = np.cumprod(
+            1.0 - clipped, dtype=np.float64
+        )
         if config.shift_snr:
             self.shift_ratio = config.shift_ratio
             self.alphas_cumprod_f64 = _shift_snr(
