@@ -1,0 +1,1 @@
+"""The avatar stage: Gaussian head, its renderers, fitting."""
