@@ -87,6 +87,12 @@ class SamplingSettings(StrictModel):
     base_reference: int | None = Field(
         None, ge=0, description="Reference that views are planned around; null = the most frontal."
     )
+    plan: str | None = Field(
+        None,
+        description="Own views instead of drawn ones: a .tsv with columns yaw_deg, pitch_deg (about "
+        "the frontal view) and optionally expression_row, or an .npz with yaw_deg and pitch_deg or "
+        "extr, and optionally expr and eye_rot; num_views is then its number of rows.",
+    )
     num_shards: int = Field(
         8, ge=1, description="Parts of the views, one GPU job each per round; changes results."
     )
@@ -96,6 +102,9 @@ class SamplingSettings(StrictModel):
         "fractions of the steps; each starts a new round.",
     )
     seed: int = Field(124, ge=0, description="Base seed; every view derives its own noise from it.")
+    batches_per_call: int | None = Field(
+        None, ge=1, description="Batches of views per network call; null = by GPU memory."
+    )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="'auto' = bf16 on GPUs that have it, fp32 on the CPU."
     )
