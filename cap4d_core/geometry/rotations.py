@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def skew(vector: Tensor) -> Tensor:
-    """Cross-product matrices of (..., 3) vectors, so that skew(a) @ b = a x b."""
+    """Matrices of the cross product with (..., 3) vectors: `skew(a) @ b` is a x b."""
     x, y, z = vector.unbind(-1)
     zero = torch.zeros_like(x)
     return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
