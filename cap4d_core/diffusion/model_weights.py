@@ -101,10 +101,11 @@ def read_released_state(path: Path) -> dict[str, Tensor]:
     if start.startswith(b"version https://git-lfs"):
         raise InputFileError(path, "a Git LFS pointer", CHECKPOINT, "Fetch the file itself.")
     try:
-        # The format before torch 1.6 is no zip archive and cannot be mapped.
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        # The format before torch 1.6 is no zip archive: no checksums, and it cannot be mapped.
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
+            _check_sums(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputFileError(
@@ -130,6 +131,14 @@ def read_released_state(path: Path) -> dict[str, Tensor]:
         found = f"entries that are no tensors ({', '.join(others)})" if others else "an empty dict"
         raise InputFileError(path, found, CHECKPOINT)
     return {str(key): value for key, value in content.items()}
+
+
+def _check_sums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        hint = "Download it again."
+        raise InputFileError(path, f"damaged content ({damaged})", CHECKPOINT, hint)
 
 
 def read_released(path: Path, config: MMDMConfig | str | Path | None = None) -> ModelWeights:
