@@ -15,7 +15,6 @@ from cap4d_core.errors import InputFileError, MissingAssetError
 from cap4d_core.files.basic import (
     atomic_path,
     read_npz,
-    require_file,
     sha256_file,
     take_array,
     write_json,
@@ -26,6 +25,7 @@ from cap4d_core.flame.model import (
     BLINK_FILE,
     JAW_REGRESSOR_FILE,
     MODEL_FILE,
+    read_companion_array,
     read_flame_arrays,
 )
 from cap4d_core.flame.pickle_reader import REQUIRED_KEYS, load_flame_pickle
@@ -224,22 +224,6 @@ def check_head_model(folder: Path) -> None:
     read_companion_array(folder / VERTEX_WEIGHTS_FILE, (NUM_HEAD_VERTICES,))
     read_companion_array(folder / VERTEX_MASK_FILE, (NUM_HEAD_VERTICES,))
     read_generation_data(folder)
-
-
-def read_companion_array(path: Path, shape: tuple[int | None, ...]) -> NDArray[Any]:
-    """Reads a .npy companion of known shape as float32.
-
-    Raises:
-        InputFileError: missing, no plain array, or another shape.
-    """
-    path = require_file(path, f"an array of shape {shape} (.npy)")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputFileError(path, f"no readable array ({error})", "a .npy file") from None
-    if not isinstance(array, np.ndarray):
-        raise InputFileError(path, "an archive", "a .npy file")
-    return take_array({path.stem: array}, path, path.stem, shape)
 
 
 def read_generation_data(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

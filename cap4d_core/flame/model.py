@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cap4d_core.files.basic import read_npz, take_array
-from cap4d_core.flame.mouth import LOWER_LIP_VERTEX, place_mouth
+from cap4d_core.files.basic import read_npz, require_file, take_array
+from cap4d_core.flame.mouth import LOWER_LIP_VERTEX, place_mouth, rotate_about
 from cap4d_core.flame.template import (
     NUM_HEAD_VERTICES,
     load_avatar_template,
@@ -194,9 +194,11 @@ class HeadModel(nn.Module):
         return cls(
             arrays,
             faces,
-            blink=_read_array(folder / BLINK_FILE, (NUM_HEAD_VERTICES, 3)) if blink else None,
+            blink=read_companion_array(folder / BLINK_FILE, (NUM_HEAD_VERTICES, 3))
+            if blink
+            else None,
             jaw_regressor=(
-                _read_array(folder / JAW_REGRESSOR_FILE, (None, 3)) if lower_jaw else None
+                read_companion_array(folder / JAW_REGRESSOR_FILE, (None, 3)) if lower_jaw else None
             ),
             num_shape=num_shape,
             num_expr=num_expr,
@@ -275,8 +277,7 @@ class HeadModel(nn.Module):
             parts, offset_parts = [vertices, upper], [offsets, torch.zeros_like(upper)]
             if self.lower_jaw:
                 lower_rotation = rodrigues(expr @ self.jaw_regressor)
-                pivot = self._neutral_jaw(shape).unsqueeze(-2)
-                lower = (upper - pivot) @ lower_rotation.transpose(1, 2) + pivot
+                lower = rotate_about(upper, self.jaw_joint(shape), lower_rotation)
                 parts.append(lower)
                 offset_parts.append(lower - upper)
             vertices, offsets = torch.cat(parts, dim=1), torch.cat(offset_parts, dim=1)
@@ -313,13 +314,14 @@ class HeadModel(nn.Module):
         """Neutral head, (..., 3 * 5023) with all x first."""
         return self.template + shape @ self.shape_basis
 
-    def _neutral_jaw(self, shape: Tensor) -> Tensor:
+    def jaw_joint(self, shape: Tensor) -> Tensor:
+        """Jaw joint of an identity's neutral head: (S,) -> (3,), (T, S) -> (T, 3)."""
         joints = self.joint_template.flatten() + shape @ self.joint_shape_basis
         return joints.unflatten(-1, (NUM_JOINTS, 3))[..., _JAW_JOINT, :]
 
     def _neutral_mouth(self, shape: Tensor, neutral: Tensor) -> Tensor:
         lip = neutral.unflatten(-1, (3, -1))[..., LOWER_LIP_VERTEX]
-        return place_mouth(self._neutral_jaw(shape), lip)
+        return place_mouth(self.jaw_joint(shape), lip)
 
 
 def read_flame_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -345,7 +347,17 @@ def read_flame_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return result
 
 
-def _read_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
-    from cap4d_core.flame.assets import read_companion_array
+def read_companion_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Reads a .npy companion of known shape as float32.
 
-    return read_companion_array(path, shape)
+    Raises:
+        InputFileError: missing, no plain array, or another shape.
+    """
+    path = require_file(path, f"an array of shape {shape} (.npy)")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputFileError(path, f"no readable array ({error})", "a .npy file") from None
+    if not isinstance(array, np.ndarray):
+        raise InputFileError(path, "an archive", "a .npy file")
+    return take_array({path.stem: array}, path, path.stem, shape)

@@ -50,6 +50,12 @@ def half_sphere_faces() -> NDArray[np.int64]:
     return np.array(faces, np.int64)
 
 
+def rotate_about(points: Tensor, pivot: Tensor, rotation: Tensor) -> Tensor:
+    """Points (..., N, 3) turned by matrices (..., 3, 3) about pivots (..., 3)."""
+    pivot = pivot.unsqueeze(-2)
+    return (points - pivot) @ rotation.transpose(-1, -2) + pivot
+
+
 def place_mouth(jaw: Tensor, lip: Tensor) -> Tensor:
     """Half-sphere between jaw joint and lip, bulging towards the lip.
 
