@@ -98,7 +98,7 @@ def animate(
     output_dir.mkdir(parents=True, exist_ok=True)
     tracking, trajectory = driving
     sequence = drive_with(tracking, trajectory, settings)
-    device = avatar.xyz.device
+    device = next(avatar.parameters()).device
     head_model.to(device)
     if audio and tracking.fps and abs(sequence.fps - tracking.fps) > 0.01:
         logger.warning(
@@ -143,7 +143,7 @@ def render_batches(
     renderer: Backend = "auto",
 ) -> Iterator[RenderedBatch]:
     """Poses and renders the frames of a sequence, `settings.frame_batch` at a time, on black."""
-    device = avatar.xyz.device
+    device = next(avatar.parameters()).device
 
     def part(array: Any, chosen: slice) -> Tensor:
         return torch.as_tensor(array[chosen], dtype=torch.float32, device=device)
@@ -251,8 +251,8 @@ def local_splats(avatar: GaussianAvatar) -> BoundSplats:
     count = len(avatar.xyz)
     return BoundSplats(
         xyz=array(avatar.xyz),
-        features_dc=array(avatar.features_dc).reshape(count, 3),
-        features_rest=array(avatar.features_rest).reshape(count, -1, 3),
+        features_dc=array(avatar.f_dc).reshape(count, 3),
+        features_rest=array(avatar.f_rest).reshape(count, -1, 3),
         opacity=array(avatar.opacity).reshape(count),
         log_scales=array(avatar.scaling),
         rotations=array(avatar.rotation),
@@ -260,6 +260,7 @@ def local_splats(avatar: GaussianAvatar) -> BoundSplats:
     )
 
 
+@torch.no_grad()
 def world_splats(posed: PosedGaussians, local: BoundSplats) -> BoundSplats:
     """Splats of the first posed frame in head-fixed OpenCV axes, metres."""
     scales = posed.scales[0].clamp(min=1e-12)

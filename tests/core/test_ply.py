@@ -20,6 +20,7 @@ from cap4d_core.errors import InputFileError
 
 FACES = np.array([[0, 1, 2], [2, 1, 4]])  # vertices 3 and 5 belong to no face
 NUM_VERTICES = 6
+HEADER = b"ply\nformat binary_little_endian 1.0\n"
 
 
 def _splats(count: int = 5, seed: int = 0) -> BoundSplats:
@@ -203,13 +204,13 @@ def test_splat_ply_equals_that_of_gsplat(tmp_path: Path) -> None:
     [
         (b"not a ply", "no PLY signature"),
         (b"ply\nformat ascii 1.0\nend_header\n", "format ascii"),
-        (b"ply\nformat binary_little_endian 1.0\n", "no end of header"),
+        (HEADER, "no end of header"),
         (
-            b"ply\nformat binary_little_endian 1.0\nelement vertex 2\nproperty float x\nend_header\n1234",
+            HEADER + b"element vertex 2\nproperty float x\nend_header\n1234",
             "an end within element 'vertex'",
         ),
         (
-            b"ply\nformat binary_little_endian 1.0\nelement face 1\nproperty list uchar int i\nend_header\n",
+            HEADER + b"element face 1\nproperty list uchar int i\nend_header\n",
             "property list",
         ),
     ],
