@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cap4d_core.errors import InputFileError
 from cap4d_core.files.basic import read_npz, require_file, take_array
 from cap4d_core.flame.mouth import LOWER_LIP_VERTEX, place_mouth, rotate_about
 from cap4d_core.flame.template import (
