@@ -5,6 +5,7 @@ Standard library only: the workflow needs the number of rounds before anything h
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -57,4 +58,4 @@ def round_steps(
 ) -> list[tuple[int, int]]:
     """(first step, step after the last) of every round."""
     edges = [0, *round_boundaries(sync_steps, steps_run, num_shards), steps_run]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))

@@ -40,7 +40,9 @@ class SamplingCheckpoint:
         self.fingerprint = fingerprint
         self.every_steps = every_steps
 
-    def load(self, first_step: int, end_step: int, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
+    def load(
+        self, first_step: int, end_step: int, shape: tuple[int, ...]
+    ) -> tuple[int, Tensor] | None:
         """Next step to run and the latents before it, or None to start anew; logs which and why."""
         if not self.path.exists():
             return None
@@ -50,9 +52,7 @@ class SamplingCheckpoint:
             logger.warning("Starting anew: %s", error)
             return None
         if metadata.get("fingerprint") != self.fingerprint:
-            logger.warning(
-                "Starting anew: %s was made from other inputs or settings.", self.path
-            )
+            logger.warning("Starting anew: %s was made from other inputs or settings.", self.path)
             return None
         latents = tensors.get("latents")
         step = int(metadata.get("next_step", "-1"))

@@ -1,7 +1,8 @@
 """Random numbers that depend on what they are for, never on what was drawn before.
 
 Every draw has a key such as ("noise", seed, subject, view). Its SHA-256 seeds a generator of its
-own, so results do not depend on the order of jobs, and a resumed job draws what it would have drawn.
+own, so results do not depend on the order of jobs, and a resumed job draws what the killed one
+would have drawn.
 """
 
 from __future__ import annotations
