@@ -51,9 +51,9 @@ class MMDMSettings(StrictModel):
     """Weights of the multi-view diffusion model (rule prepare_mmdm)."""
 
     path: str | None = Field(
-        None,
-        description="Released .ckpt or a folder written by prepare_mmdm; needed when "
-        "sampling.num_views > 0.",
+        "auto",
+        description="Released .ckpt, a folder with one, or one written by prepare_mmdm; 'demo' = "
+        "the small weights of the demo world; 'auto' = 'demo' for demo subjects, else assets/mmdm.",
     )
     sha256: str | None = Field(None, description="Expected SHA-256 of the .ckpt; checked when set.")
 
@@ -255,6 +255,25 @@ class SubjectSettings(StrictModel):
 
 # What each quality preset sets; every other key keeps its default. Released values, except `demo`.
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    # Minutes on two CPU cores: reference images of the procedural world only, a coarse avatar.
+    "demo": {
+        "sampling": {"num_views": 0, "resolution": 128},
+        "fitting": {
+            "iterations": 300,
+            "uv_resolution": 64,
+            "deform_net_layers": 5,
+            "deform_net_channels": 16,
+            "num_gaussians_init": 4_000,
+            "sh_degree": 1,
+            "sh_warmup": 100,
+            "densify_from": 100,
+            "densify_until": 250,
+            "densification_interval": 100,
+            "opacity_reset_interval": 1_000,
+            "evaluate_every": 150,
+        },
+        "animation": {"frame_batch": 4},
+    },
     "debug": {
         "sampling": {"num_inference_steps": 10, "num_views": 28, "num_shards": 1},
         "fitting": {

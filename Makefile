@@ -1,0 +1,54 @@
+# Needs Python 3.11 or 3.12 and make. Everything goes into .venv; nothing else is touched.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+CORES ?= all
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-unit lint real-run clean help
+
+help:
+	@echo "make setup      create $(VENV) with pinned versions"
+	@echo "make demo       whole workflow on procedural people, minutes on a CPU"
+	@echo "make test       all tests;  make test-unit: the fast ones;  make lint: linters only"
+	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
+	@echo "make clean      remove what demo and tests made (not $(VENV))"
+
+setup: $(STAMP)
+
+# Nothing is done while the stamp is newer than what it depends on.
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "$(PYTHON) is not Python 3.11 or 3.12; set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --requirement requirements-dev.txt
+	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) -m snakemake --cores $(CORES)
+	@$(RUN) -m cap4d_core summary
+
+test: $(STAMP)
+	$(RUN) -m pytest
+
+# No Snakemake runs, nothing that takes minutes.
+test-unit: $(STAMP)
+	$(RUN) -m pytest -m "not slow and not workflow and not slurm"
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/snakefmt --check Snakefile rules
+	$(RUN) -m snakemake --lint
+
+real-run: $(STAMP)
+	$(RUN) tests/real_run/make_small_mmdm.py
+	$(RUN) -m snakemake --cores $(CORES) --configfile tests/real_run/config.yaml
+	@$(RUN) -m cap4d_core summary --configfile tests/real_run/config.yaml
+
+clean:
+	rm -rf results results-real debug build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,450 @@
+"""The configuration: config.yaml, its tables, presets and the command line, checked as one.
+
+Light: standard library, pydantic and PyYAML; no file but the configuration and its tables is read,
+because every cluster job does this again. `python -m cap4d_core check` looks at the files named.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from cap4d_core.diffusion.round_plan import round_steps
+from cap4d_core.diffusion.step_grid import ddim_step_count
+from cap4d_core.errors import ConfigError, UserError
+from cap4d_core.messages import describe_error
+from cap4d_core.settings import PRESETS, StrictModel, SubjectSettings
+from cap4d_core.subjects import (
+    DEMO_PREFIX,
+    DRIVING_PATHS,
+    SUBJECT_PATHS,
+    Driving,
+    Subject,
+    parse_row,
+    read_rows,
+    read_table,
+    resolve_path,
+    row_problems,
+)
+
+QualityPreset = Literal["demo", "debug", "low", "medium", "default", "high"]
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
+# Settings that hold paths: variables are expanded, relative ones taken from the config file.
+PATH_SETTINGS = (
+    ("head_model", "path"),
+    ("head_model", "companions"),
+    ("mmdm", "path"),
+    ("sampling", "plan"),
+    ("fitting", "lpips_weights"),
+)
+# Words with a meaning of their own where a path is expected.
+PATH_WORDS = frozenset({"auto", "demo"})
+DEFAULT_HEAD_MODEL = "assets/flame"
+DEFAULT_WEIGHTS = "assets/mmdm"
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+class ConfigFile(SubjectSettings):
+    """What config.yaml and `--config` may hold."""
+
+    results: str = Field(
+        "results", min_length=1, description="Folder of everything that is made, logs included."
+    )
+    quality: QualityPreset = Field(
+        "default", description="Preset of the sampling and fitting settings; single keys override."
+    )
+    subjects: str | None = Field(None, description="Table of subjects (.tsv).")
+    driving: str | None = Field(
+        None,
+        description="Table of driving sequences (.tsv); or, for a single run, one ready fit.npz, a "
+        "folder with fit.npz and a camera path, or `demo`.",
+    )
+    animations: str | list[str] = Field(
+        "all",
+        description="Which avatar is driven by which sequence: 'all', a list of "
+        "'subject:driving' patterns with * and ?, or a table (.tsv) with both columns.",
+    )
+    subject: str | None = Field(
+        None,
+        description="A single run instead of the table of subjects: folder of a ready fit, or "
+        "`demo:SEED`. Meant for the command line: relative to the working directory.",
+    )
+
+
+class AnimationRow(StrictModel):
+    """One row of the animations table."""
+
+    subject: str
+    driving: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """A valid configuration.
+
+    Attributes:
+        results: folder of everything that is made.
+        quality: name of the preset.
+        settings: all stage settings, presets and explicit keys merged.
+        subjects, driving: rows of the tables by name, in the order of the tables.
+        animations: (subject, driving) pairs to render.
+        rounds: (first, last + 1) denoising step of every sampling round; empty without sampling.
+    """
+
+    results: str
+    quality: str
+    settings: SubjectSettings
+    subjects: dict[str, Subject]
+    driving: dict[str, Driving]
+    animations: tuple[tuple[str, str], ...]
+    rounds: tuple[tuple[int, int], ...]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the shards of a round: `1-of-8` to `8-of-8`."""
+        count = self.settings.sampling.num_shards
+        return tuple(f"{i}-of-{count}" for i in range(1, count + 1))
+
+    @property
+    def uses_demo_head(self) -> bool:
+        """Whether the procedural head model is used."""
+        return self.settings.head_model.path == "demo"
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML configuration file.
+
+    Raises:
+        ConfigError: missing, not YAML (with the line), or not a mapping.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file"]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            str(path), [f"must hold key: value lines, not a {type(content).__name__}"]
+        )
+    return content
+
+
+def load_config(raw: Mapping[str, Any], config_file: str | Path = "config.yaml") -> Config:
+    """Checks a configuration and reads its tables.
+
+    Args:
+        raw: content of the configuration file, command line values merged in.
+        config_file: where it came from; relative paths in it are taken from its folder.
+
+    Raises:
+        ConfigError: lists every problem, each with its key or with file and line.
+    """
+    base = Path(os.path.relpath(Path(config_file).parent))
+    merged = with_preset(_numbers_from_text(raw))
+    try:
+        # Through JSON: strict types (no "yes" for 1), yet lists may become tuples.
+        file = ConfigFile.model_validate_json(json.dumps(merged, default=str), strict=True)
+        problems: list[str] = []
+    except ValidationError as error:
+        problems = [
+            describe_error(detail, ConfigFile) for detail in error.errors(include_url=False)
+        ]
+        # What is wrong is set aside, to find the problems of everything else as well.
+        file = _valid_part(merged, error)
+
+    settings, path_problems = _resolve_settings(file, base)
+    problems += path_problems
+    subjects, subject_problems = _load_subjects(file, base)
+    driving, driving_problems = _load_driving(file, base)
+    problems += subject_problems + driving_problems
+    settings = _choose_assets(settings, subjects, base)
+    problems += _settings_problems(settings)
+    animations, animation_problems = _pairs(file, base, subjects, driving)
+    if not (subject_problems or driving_problems):  # else only consequences of these
+        problems += _demo_problems(settings, subjects, driving) + animation_problems
+    rounds: tuple[tuple[int, int], ...] = ()
+    if settings.sampling.num_views > 0:
+        try:
+            rounds = sampling_rounds(settings)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        results = resolve_path(file.results, Path("."))
+    except KeyError as error:
+        problems.append(f"results: environment variable {error.args[0]} is not set")
+    if problems:
+        raise ConfigError(str(config_file), list(dict.fromkeys(problems))) from None
+    return Config(results, file.quality, settings, subjects, driving, animations, rounds)
+
+
+def with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with the values of its quality preset filled in where it says nothing."""
+    # An empty section ("sampling:" with every key commented out) is null in YAML.
+    merged = {
+        key: {} if value is None and key in _SECTIONS else value for key, value in raw.items()
+    }
+    preset = PRESETS.get(str(merged.get("quality", "default")), {})
+    for section, values in preset.items():
+        own = merged.get(section, {})
+        if isinstance(own, Mapping):
+            merged[section] = {**values, **own}
+    return merged
+
+
+_SECTIONS = frozenset(SubjectSettings.model_fields)
+
+
+def sampling_rounds(settings: SubjectSettings) -> tuple[tuple[int, int], ...]:
+    """Step range of every sampling round.
+
+    Raises:
+        UserError: the number of steps or a sync step lies outside the schedule.
+    """
+    sampling = settings.sampling
+    steps = ddim_step_count(sampling.num_inference_steps)
+    return tuple(round_steps(sampling.sync_steps, steps, sampling.num_shards))
+
+
+def _numbers_from_text(value: Any) -> Any:
+    """YAML reads 1e-3 as text (it wants 1.0e-3); people mean the number."""
+    if isinstance(value, Mapping):
+        return {str(key): _numbers_from_text(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_from_text(item) for item in value]
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
+
+
+def _valid_part(merged: dict[str, Any], error: ValidationError) -> ConfigFile:
+    """The configuration without the keys that are wrong, their defaults instead."""
+    cleaned: dict[str, Any] = json.loads(json.dumps(merged, default=str))
+    for detail in error.errors():
+        holder: Any = cleaned
+        path = [part for part in detail["loc"] if not str(part).startswith(("list[", "str"))]
+        # The key to drop is the innermost one that is a key of a section.
+        for depth, part in enumerate(path):
+            last = depth == min(len(path), 2) - 1
+            if not isinstance(holder, dict) or part not in holder:
+                break
+            if last:
+                del holder[part]
+                break
+            holder = holder[part]
+    try:
+        return ConfigFile.model_validate_json(json.dumps(cleaned), strict=True)
+    except ValidationError:
+        return ConfigFile()
+
+
+def _resolve_settings(file: ConfigFile, base: Path) -> tuple[SubjectSettings, list[str]]:
+    values = file.model_dump(include=set(SubjectSettings.model_fields))
+    problems = []
+    for section, key in PATH_SETTINGS:
+        text = values[section][key]
+        if text is None or text in PATH_WORDS:
+            continue
+        try:
+            values[section][key] = resolve_path(text, base)
+        except KeyError as error:
+            problems.append(f"{section}.{key}: environment variable {error.args[0]} is not set")
+    return SubjectSettings.model_validate(values), problems
+
+
+def _load_subjects(file: ConfigFile, base: Path) -> tuple[dict[str, Subject], list[str]]:
+    if file.subject is not None:
+        return _one_subject(file.subject)
+    if file.subjects is None:
+        return {}, ["subjects: name a table of subjects, or give one with --config subject=FOLDER"]
+    try:
+        path = Path(resolve_path(file.subjects, base))
+    except KeyError as error:
+        return {}, [f"subjects: environment variable {error.args[0]} is not set"]
+    return read_table(path, Subject, SUBJECT_PATHS)
+
+
+def _one_subject(text: str) -> tuple[dict[str, Subject], list[str]]:
+    if text.startswith(DEMO_PREFIX):
+        row = {"subject": f"demo_{text.removeprefix(DEMO_PREFIX)}", "reference": text}
+    else:
+        try:
+            path = resolve_path(text, Path("."))
+        except KeyError as error:
+            return {}, [f"subject: environment variable {error.args[0]} is not set"]
+        # The one place that looks at the disk: a folder with fit.npz is a ready fit.
+        column = "tracking" if (Path(path) / "fit.npz").is_file() else "reference"
+        row = {"subject": name_from_path(path), column: path}
+    subject, problems = parse_row(row, Subject, "subject")
+    if subject is None:
+        return {}, problems
+    return {subject.subject: subject}, [f"subject: {text}" for text in row_problems(subject)]
+
+
+def _load_driving(file: ConfigFile, base: Path) -> tuple[dict[str, Driving], list[str]]:
+    if file.driving is None:
+        return {}, []  # avatars are fitted, none is animated
+    if file.driving == "demo":
+        return {"demo": Driving(driving="demo", fit="demo")}, []
+    is_table = file.driving.lower().endswith((".tsv", ".csv", ".txt"))
+    try:
+        path = Path(resolve_path(file.driving, base if is_table else Path(".")))
+    except KeyError as error:
+        return {}, [f"driving: environment variable {error.args[0]} is not set"]
+    if is_table:
+        return read_table(path, Driving, DRIVING_PATHS)
+    return _one_driving(path)
+
+
+def _one_driving(path: Path) -> tuple[dict[str, Driving], list[str]]:
+    row: dict[str, Any] = {"driving": name_from_path(str(path))}
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        row["video"] = str(path)
+    elif path.suffix == ".npz":
+        row["fit"] = str(path)
+    else:
+        row["fit"] = str(path / "fit.npz")
+        paths = [path / name for name in ("cam_orbit.npz", "orbit.npz", "cam_static.npz")]
+        row["trajectory"] = next((str(p) for p in paths if p.is_file()), None)
+    driving, problems = parse_row(row, Driving, "driving")
+    if driving is None:
+        return {}, problems
+    return {driving.driving: driving}, [f"driving: {text}" for text in row_problems(driving)]
+
+
+def name_from_path(path: str) -> str:
+    """A valid name made from a file or folder name: `My Photos/` becomes `my_photos`."""
+    resolved = Path(path).resolve()
+    stem = resolved.parent.name if resolved.name == "fit.npz" else resolved.stem
+    name = re.sub(r"[^a-z0-9_-]+", "_", stem.lower()).strip("_-")
+    return name[:64] or "subject"
+
+
+def _choose_assets(
+    settings: SubjectSettings, subjects: Mapping[str, Subject], base: Path
+) -> SubjectSettings:
+    """Replaces `auto` by demo assets when all subjects are demo subjects, else by the user's."""
+    is_demo = bool(subjects) and all(row.demo_seed is not None for row in subjects.values())
+    head_model, weights = settings.head_model.path, settings.mmdm.path
+    if head_model == "auto":
+        head_model = "demo" if is_demo else os.path.normpath(base / DEFAULT_HEAD_MODEL)
+    if weights == "auto":
+        weights = "demo" if is_demo else os.path.normpath(base / DEFAULT_WEIGHTS)
+    if weights == "demo":
+        weights = str(DEMO_WEIGHTS)
+    return settings.model_copy(
+        update={
+            "head_model": settings.head_model.model_copy(update={"path": head_model}),
+            "mmdm": settings.mmdm.model_copy(update={"path": weights}),
+        }
+    )
+
+
+def _settings_problems(settings: SubjectSettings) -> list[str]:
+    """Settings that are valid one by one but can never work together."""
+    sampling, fitting = settings.sampling, settings.fitting
+    problems = []
+    if sampling.max_references >= sampling.views_per_call:
+        problems.append(
+            f"sampling.max_references: must be less than sampling.views_per_call "
+            f"({sampling.views_per_call}), which counts references and generated views together "
+            f"(value {sampling.max_references})"
+        )
+    if sampling.num_views > 0 and settings.mmdm.path is None:
+        problems.append(
+            "mmdm.path: must name the weights when views are sampled (sampling.num_views is "
+            f"{sampling.num_views}); set sampling.num_views to 0 to fit on the references alone"
+        )
+    if fitting.uv_resolution < 2 or fitting.uv_resolution % 2**fitting.deform_net_layers:
+        problems.append(
+            f"fitting.uv_resolution: must be a multiple of {2**fitting.deform_net_layers}, because "
+            f"fitting.deform_net_layers is {fitting.deform_net_layers} "
+            f"(value {fitting.uv_resolution})"
+        )
+    for start, end in (("densify_from", "densify_until"), ("lpips_start", "lpips_end")):
+        first, last = getattr(fitting, start), getattr(fitting, end)
+        if first > last:
+            problems.append(
+                f"fitting.{start}: must be at most fitting.{end} ({last}) (value {first})"
+            )
+    if fitting.require_lpips and fitting.lpips_weights is None:
+        problems.append("fitting.lpips_weights: must name the weights file, require_lpips is true")
+    if any(not 0 <= value <= 1 for value in settings.animation.background):
+        problems.append(
+            "animation.background: must be three numbers from 0 to 1 "
+            f"(value {list(settings.animation.background)})"
+        )
+    return problems
+
+
+def _demo_problems(
+    settings: SubjectSettings, subjects: Mapping[str, Subject], driving: Mapping[str, Driving]
+) -> list[str]:
+    """Demo rows only make sense on the demo head model."""
+    demo = [f"subject {name}" for name, row in subjects.items() if row.demo_seed is not None]
+    demo += [f"driving sequence {name}" for name, row in driving.items() if row.is_demo]
+    if settings.head_model.path == "demo" or not demo:
+        return []
+    return [
+        f"head_model.path: demo rows ({', '.join(demo)}) need the demo head model, 'demo' "
+        f"(value {settings.head_model.path!r}); do not mix them with real subjects"
+    ]
+
+
+def _pairs(
+    file: ConfigFile, base: Path, subjects: Mapping[str, Subject], driving: Mapping[str, Driving]
+) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """(subject, driving) pairs in the order of the tables, and the problems."""
+    everything = [(s, d) for s in subjects for d in driving]
+    single_run = file.subject is not None
+    if file.animations == "all" or single_run:
+        return tuple(everything), []
+    patterns: list[tuple[str, str, str]] = []  # (where, subject, driving)
+    problems: list[str] = []
+    if isinstance(file.animations, str):
+        if not file.animations.endswith(".tsv"):
+            return (), [
+                "animations: must be 'all', a list of 'subject:driving' patterns or a .tsv table "
+                f"(value {file.animations!r})"
+            ]
+        table = Path(os.path.normpath(base / file.animations))
+        rows, problems = read_rows(table, tuple(AnimationRow.model_fields))
+        for line, cells in rows:
+            if len(cells) < 2:
+                problems.append(f"{table}:{line}: needs a subject and a driving sequence")
+            else:
+                patterns.append((f"{table}:{line}", cells["subject"], cells["driving"]))
+    else:
+        for number, text in enumerate(file.animations):
+            subject, colon, sequence = text.partition(":")
+            if colon:
+                patterns.append((f"animations.{number}", subject, sequence))
+            else:
+                problems.append(
+                    f"animations.{number}: must be 'subject:driving', * and ? allowed "
+                    f"(value {text!r})"
+                )
+    wanted = set()
+    for where, subject, sequence in patterns:
+        found = {
+            (s, d)
+            for s, d in everything
+            if fnmatch.fnmatchcase(s, subject) and fnmatch.fnmatchcase(d, sequence)
+        }
+        if not found:
+            problems.append(f"{where}: '{subject}:{sequence}' fits no subject and driving sequence")
+        wanted |= found
+    return tuple(pair for pair in everything if pair in wanted), problems

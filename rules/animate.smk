@@ -1,0 +1,29 @@
+"""Animation: drive an avatar with the motion and camera of a driving sequence."""
+
+
+rule animate_avatar:
+    input:
+        avatar=rules.fit_avatar.output.avatar,
+        description=rules.fit_avatar.output.description,
+        driving=rules.track_driving.output.fit,
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        video="<results>/{subject}/animation/{driving}/renders.mp4",
+    log:
+        text="<logs>/animate_avatar/{subject}/{driving}.log",
+    benchmark:
+        "<benchmarks>/animate_avatar/{subject}/{driving}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        version=STAGE_VERSIONS["animate_avatar"],
+        settings=settings("animation"),
+    message:
+        "{wildcards.subject}: animating with {wildcards.driving}"
+    script:
+        "../workflow_scripts/animate_avatar.py"

@@ -1,0 +1,192 @@
+"""Configuration, wildcard constraints and all input functions; the other rule files hold rules."""
+
+import re
+import sys
+from pathlib import Path
+
+# An installed copy must not win over this checkout.
+sys.path.insert(0, str(Path(workflow.basedir)))
+
+from cap4d_core.config import load_config
+from cap4d_core.slurm import cancel_stale_jobs
+from cap4d_core.versions import STAGE_VERSIONS
+
+CONFIG_FILE = (workflow.overwrite_configfiles or ["config.yaml"])[-1]
+CONFIG = load_config(config, CONFIG_FILE)
+SUBJECTS = CONFIG.subjects
+DRIVING = CONFIG.driving
+EVALUATED = [name for name, row in SUBJECTS.items() if row.is_evaluated]
+SAMPLES_VIEWS = bool(CONFIG.rounds)
+RESULTS = CONFIG.results
+
+
+pathvars:
+    results=RESULTS,
+    logs=f"{RESULTS}/logs",
+    benchmarks=f"{RESULTS}/benchmarks",
+
+
+wildcard_constraints:
+    subject="|".join(map(re.escape, SUBJECTS)),
+    driving="|".join(map(re.escape, DRIVING)) or "none",
+    round=r"[1-9]\d*",
+    scatteritem=r"\d+-of-\d+",
+
+
+def settings(section):
+    """A section of the configuration as plain JSON types: what a rule's results depend on."""
+    return getattr(CONFIG.settings, section).model_dump(mode="json")
+
+
+# What is made, per stage -------------------------------------------------------------------------
+
+
+def tracked_files():
+    return [
+        *collect(rules.track_subject.output, subject=SUBJECTS),
+        *collect(rules.track_driving.output, driving=DRIVING),
+    ]
+
+
+def sampled_files():
+    if not SAMPLES_VIEWS:
+        return collect(rules.crop_references.output, subject=SUBJECTS)
+    rounds = range(1, len(CONFIG.rounds) + 1)
+    return [
+        *collect(rules.plan_views.output, subject=SUBJECTS),
+        *collect(rules.encode_references.output, subject=SUBJECTS),
+        *collect(
+            rules.sample_views.output,
+            subject=SUBJECTS,
+            round=rounds,
+            scatteritem=CONFIG.shards,
+        ),
+        *collect(
+            rules.decode_views.output, subject=SUBJECTS, scatteritem=CONFIG.shards
+        ),
+    ]
+
+
+def avatar_files():
+    return collect(rules.fit_avatar.output, subject=SUBJECTS)
+
+
+def animation_files():
+    return [
+        path
+        for subject, driving in CONFIG.animations
+        for path in collect(
+            rules.animate_avatar.output, subject=subject, driving=driving
+        )
+    ]
+
+
+def evaluation_files():
+    return collect(rules.evaluate_avatar.output, subject=EVALUATED)
+
+
+# Where inputs come from --------------------------------------------------------------------------
+
+
+def head_model_source(wildcards):
+    if CONFIG.uses_demo_head:
+        return rules.make_demo_head.output.folder
+    return CONFIG.settings.head_model.path
+
+
+def head_model_companions(wildcards):
+    return CONFIG.settings.head_model.companions or []
+
+
+def subject_source(wildcards):
+    row = SUBJECTS[wildcards.subject]
+    return (
+        f"{RESULTS}/demo/subjects/{row.subject}"
+        if row.demo_seed is not None
+        else row.tracking
+    )
+
+
+def subject_fit(wildcards):
+    return f"{subject_source(wildcards)}/fit.npz"
+
+
+def subject_references(wildcards):
+    return f"{subject_source(wildcards)}/reference_images.json"
+
+
+def driving_fit(wildcards):
+    row = DRIVING[wildcards.driving]
+    return f"{RESULTS}/demo/driving/{row.driving}/fit.npz" if row.is_demo else row.fit
+
+
+def driving_trajectory(wildcards):
+    row = DRIVING[wildcards.driving]
+    if row.is_demo:
+        return f"{RESULTS}/demo/driving/{row.driving}/orbit.npz"
+    return row.trajectory or []
+
+
+def held_out_images(wildcards):
+    row = SUBJECTS[wildcards.subject]
+    return row.held_out or f"{RESULTS}/demo/held_out/{row.subject}"
+
+
+def demo_seed(wildcards):
+    return SUBJECTS[wildcards.subject].demo_seed
+
+
+def previous_round(wildcards):
+    """Shards of the round before: views are dealt anew, so each shard needs all of them."""
+    if wildcards.round == "1":
+        return []
+    return collect(
+        rules.sample_views.output.latents,
+        subject=wildcards.subject,
+        round=int(wildcards.round) - 1,
+        scatteritem=CONFIG.shards,
+    )
+
+
+def last_round_shard(wildcards):
+    return collect(
+        rules.sample_views.output.latents,
+        subject=wildcards.subject,
+        round=len(CONFIG.rounds),
+        scatteritem=wildcards.scatteritem,
+    )
+
+
+def generated_images(wildcards):
+    """Index files of all shards; none without sampling."""
+    if not SAMPLES_VIEWS or not CONFIG.settings.fitting.use_generated_views:
+        return []
+    return collect(
+        rules.decode_views.output.index,
+        subject=wildcards.subject,
+        scatteritem=CONFIG.shards,
+    )
+
+
+def reference_images(wildcards):
+    if SAMPLES_VIEWS:
+        return collect(rules.encode_references.output.index, subject=wildcards.subject)
+    return collect(rules.crop_references.output.index, subject=wildcards.subject)
+
+
+def own_plan(wildcards):
+    return CONFIG.settings.sampling.plan or []
+
+
+def lpips_weights(wildcards):
+    return CONFIG.settings.fitting.lpips_weights or []
+
+
+def cancel_stale_slurm_jobs():
+    """A master that was killed leaves its jobs running; two writers of one file would clash."""
+    cancelled = cancel_stale_jobs(Path.cwd())
+    if cancelled:
+        print(
+            f"Cancelled SLURM jobs of an earlier run here: {' '.join(cancelled)}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,95 @@
+"""The demo world: procedural head model, subjects and motion, read like a user's own data."""
+
+
+rule make_demo_head:
+    output:
+        folder=directory("<results>/demo/head"),
+    log:
+        text="<logs>/make_demo_head.log",
+    benchmark:
+        "<benchmarks>/make_demo_head.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["make_demo"],
+    message:
+        "Making the demo head model"
+    script:
+        "../workflow_scripts/make_demo_head.py"
+
+
+rule make_demo_subject:
+    input:
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        fit="<results>/demo/subjects/{subject}/fit.npz",
+        references="<results>/demo/subjects/{subject}/reference_images.json",
+    log:
+        text="<logs>/make_demo_subject/{subject}.log",
+    benchmark:
+        "<benchmarks>/make_demo_subject/{subject}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["make_demo"],
+        seed=demo_seed,
+    message:
+        "{wildcards.subject}: making the demo subject"
+    script:
+        "../workflow_scripts/make_demo_subject.py"
+
+
+rule make_demo_held_out:
+    input:
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        folder=directory("<results>/demo/held_out/{subject}"),
+    log:
+        text="<logs>/make_demo_held_out/{subject}.log",
+    benchmark:
+        "<benchmarks>/make_demo_held_out/{subject}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["make_demo"],
+        seed=demo_seed,
+    message:
+        "{wildcards.subject}: making held-out views of the demo subject"
+    script:
+        "../workflow_scripts/make_demo_held_out.py"
+
+
+rule make_demo_driving:
+    input:
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        fit="<results>/demo/driving/{driving}/fit.npz",
+        trajectory="<results>/demo/driving/{driving}/orbit.npz",
+    log:
+        text="<logs>/make_demo_driving/{driving}.log",
+    benchmark:
+        "<benchmarks>/make_demo_driving/{driving}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["make_demo"],
+    message:
+        "{wildcards.driving}: making the demo motion"
+    script:
+        "../workflow_scripts/make_demo_driving.py"

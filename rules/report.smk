@@ -1,0 +1,27 @@
+"""Report: one page with all subjects, animations and figures."""
+
+
+rule write_report:
+    input:
+        avatars=avatar_files(),
+        animations=animation_files(),
+        evaluations=evaluation_files(),
+    output:
+        page="<results>/index.html",
+    log:
+        text="<logs>/write_report.log",
+    benchmark:
+        "<benchmarks>/write_report.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        version=STAGE_VERSIONS["write_report"],
+    message:
+        "Writing the report"
+    script:
+        "../workflow_scripts/write_report.py"

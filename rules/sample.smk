@@ -1,0 +1,115 @@
+"""Sampling: plan the views, encode the references, sample round by round and shard by shard."""
+
+
+rule plan_views:
+    input:
+        fit=rules.track_subject.output.fit,
+        references=rules.track_subject.output.references,
+        head_model=rules.prepare_head_model.output.folder,
+        own_plan=own_plan,
+    output:
+        plan="<results>/{subject}/views/plan.npz",
+    log:
+        text="<logs>/plan_views/{subject}.log",
+    benchmark:
+        "<benchmarks>/plan_views/{subject}.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["plan_views"],
+        settings=settings("sampling"),
+    message:
+        "{wildcards.subject}: planning the views"
+    script:
+        "../workflow_scripts/plan_views.py"
+
+
+rule encode_references:
+    input:
+        fit=rules.track_subject.output.fit,
+        references=rules.track_subject.output.references,
+        head_model=rules.prepare_head_model.output.folder,
+        mmdm=rules.prepare_mmdm.output.folder,
+    output:
+        latents="<results>/{subject}/views/reference_images/latents.safetensors",
+        index="<results>/{subject}/views/reference_images/index.json",
+    log:
+        text="<logs>/encode_references/{subject}.log",
+    benchmark:
+        "<benchmarks>/encode_references/{subject}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["encode_references"],
+        settings=settings("sampling"),
+    message:
+        "{wildcards.subject}: encoding the references"
+    script:
+        "../workflow_scripts/encode_references.py"
+
+
+rule sample_views:
+    input:
+        plan=rules.plan_views.output.plan,
+        references=rules.encode_references.output.latents,
+        head_model=rules.prepare_head_model.output.folder,
+        mmdm=rules.prepare_mmdm.output.folder,
+        previous=previous_round,
+    output:
+        latents="<results>/{subject}/views/rounds/{round}/{scatteritem}.safetensors",
+    log:
+        text="<logs>/sample_views/{subject}/{round}/{scatteritem}.log",
+    benchmark:
+        "<benchmarks>/sample_views/{subject}/{round}/{scatteritem}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        version=STAGE_VERSIONS["sample_views"],
+        settings=settings("sampling"),
+    message:
+        "{wildcards.subject}: sampling views, round {wildcards.round}, shard {wildcards.scatteritem}"
+    script:
+        "../workflow_scripts/sample_views.py"
+
+
+rule decode_views:
+    input:
+        plan=rules.plan_views.output.plan,
+        latents=last_round_shard,
+        mmdm=rules.prepare_mmdm.output.folder,
+    output:
+        # The images go to a folder that all shards share, so only this list of them is declared.
+        index="<results>/{subject}/views/generated_images/index/{scatteritem}.json",
+    log:
+        text="<logs>/decode_views/{subject}/{scatteritem}.log",
+    benchmark:
+        "<benchmarks>/decode_views/{subject}/{scatteritem}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=60,
+    params:
+        version=STAGE_VERSIONS["decode_views"],
+        settings=settings("sampling"),
+    message:
+        "{wildcards.subject}: decoding views, shard {wildcards.scatteritem}"
+    script:
+        "../workflow_scripts/decode_views.py"

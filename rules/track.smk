@@ -1,0 +1,54 @@
+"""Tracking: head-model fits of the subjects and of the driving sequences."""
+
+
+rule track_subject:
+    input:
+        fit=subject_fit,
+        references=subject_references,
+    output:
+        fit="<results>/{subject}/tracking/fit.npz",
+        references="<results>/{subject}/tracking/reference_images.json",
+    log:
+        text="<logs>/track_subject/{subject}.log",
+    benchmark:
+        "<benchmarks>/track_subject/{subject}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["track_subject"],
+        settings=settings("tracking"),
+    message:
+        "{wildcards.subject}: tracking"
+    script:
+        "../workflow_scripts/track_subject.py"
+
+
+rule track_driving:
+    input:
+        fit=driving_fit,
+        trajectory=driving_trajectory,
+    output:
+        fit="<results>/driving/{driving}/fit.npz",
+    log:
+        text="<logs>/track_driving/{driving}.log",
+    benchmark:
+        "<benchmarks>/track_driving/{driving}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["track_driving"],
+        settings=settings("tracking"),
+        start_frame=lambda wildcards: DRIVING[wildcards.driving].start_frame,
+        num_frames=lambda wildcards: DRIVING[wildcards.driving].num_frames,
+    message:
+        "{wildcards.driving}: tracking the driving sequence"
+    script:
+        "../workflow_scripts/track_driving.py"
