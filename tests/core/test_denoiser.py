@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from cap4d_core.diffusion.autoencoder import Autoencoder
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.errors import ConfigError
 from tests.core.mmdm_models import TINY, random_denoiser, random_frames
+
+FLOPS = Path(__file__).parents[1] / "goldens" / "mmdm" / "flops.json"
 
 # float32 sums in another order; outputs are of order 1.
 ATOL = 2e-5
@@ -85,6 +92,30 @@ def test_released_size() -> None:
         denoiser = MMDMDenoiser(MMDMConfig())
     assert sum(p.numel() for p in denoiser.parameters()) == 815_549_764
     assert len(denoiser.state_dict()) == 576
+
+
+def test_cost_of_a_full_size_call() -> None:
+    """Counted multiply-adds, attention across views included, equal the published network's."""
+    expected = json.loads(FLOPS.read_text())
+    config = MMDMConfig()
+    v, s = config.views_per_call, config.latent_size
+    with torch.device("meta"), torch.no_grad():
+        denoiser, autoencoder = MMDMDenoiser(config), Autoencoder(config.autoencoder)
+        latents = torch.empty(1, v, 4, s, s)
+        cond = FrameConditioning(
+            torch.empty(1, v, s, s, config.condition_channels), latents, latents[:, :, :1]
+        )
+        counts = []
+        for call in (
+            lambda: denoiser(latents, torch.zeros(1, v, dtype=torch.long), cond),
+            lambda: autoencoder.vae.encode(torch.empty(1, 3, 512, 512)),
+            lambda: autoencoder.vae.decode(torch.empty(1, 4, 64, 64)),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                call()
+            counts.append(counter.get_total_flops())
+    names = ("unet_b1_v8", "vae_encode_512", "vae_decode_512")
+    assert counts == [expected[name] for name in names]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,7 +36,8 @@ from cap4d_core.errors import UserError
 from cap4d_core.files.basic import sha256_file
 from tests.core.mmdm_models import TINY_RELEASED, random_frames, triangle_tables
 
-KEY_TABLE = Path(__file__).parents[1] / "goldens" / "mmdm" / "C_state_dict_keys.tsv"
+GOLDENS = Path(__file__).parents[1] / "goldens" / "mmdm"
+KEY_TABLE = GOLDENS / "C_state_dict_keys.tsv"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,38 @@ def test_export_returns_the_original_state_dict(tmp_path: Path, state: dict[str,
     exported = export_released_state_dict(model.denoiser, model.autoencoder, model.tables)
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[key], state[key]) for key in state)
+
+
+def test_golden_weights_as_a_checkpoint_file(tmp_path: Path) -> None:
+    """A file in the released layout, with its YAML, predicts what the published network does."""
+    entries = {e["file"]: e for e in json.loads((GOLDENS / "manifest.json").read_text())["files"]}
+    state = {}
+    parts = (
+        ("C_unet_small_weights.npz", "model.diffusion_model."),
+        ("D_vae_small_weights.npz", "first_stage_model."),
+    )
+    for name, prefix in parts:
+        with np.load(GOLDENS / name) as arrays:
+            state |= {prefix + k: torch.from_numpy(arrays[k].astype(np.float32)) for k in arrays}
+    state |= {key: triangle_tables()[name] for key, name in TABLE_NAMES.items()}
+    state["logvar"] = torch.zeros(1000)
+    (tmp_path / "checkpoints").mkdir()
+    source = write(tmp_path / "checkpoints", state)
+    settings = {
+        "network": {"params": entries["C_unet_small_weights.npz"]["notes"]},
+        "autoencoder": {"params": {"ddconfig": entries["D_vae_small_weights.npz"]["notes"]}},
+    }
+    (tmp_path / "config_dump.yaml").write_text(yaml.safe_dump(settings))
+    prepare_mmdm(source, tmp_path / "mmdm")
+    with np.load(GOLDENS / "C_unet_small_io.npz") as golden:
+        io = {key: torch.from_numpy(golden[key]) for key in golden if not key.startswith("act")}
+    cond = {key: io[key] for key in ("pos_enc", "z_input", "ref_mask")}
+    for path in (source, tmp_path / "mmdm"):
+        model = load_mmdm(path)
+        actual = model.denoiser(io["x"], io["timesteps"], cond)
+        torch.testing.assert_close(actual, io["y"], atol=3e-5, rtol=0)  # as in the manifest
+        assert model.config.views_per_call == io["x"].shape[1]
+        assert model.schedule.config.num_frames == 8
 
 
 def test_folder_contents(tmp_path: Path, state: dict[str, Tensor]) -> None:
