@@ -1,6 +1,6 @@
 """Time of one denoiser call (classifier-free guidance pair), by precision and batching.
 
-    python benchmarks/denoiser.py [--size released|small] [--batches 1 2 4] [--compile] [--json FILE]
+    python benchmarks/denoiser.py [--size released|small] [--batches 1 2] [--compile] [--json FILE]
 
 One call denoises `views_per_call` views, conditionally and unconditionally. Random weights: the
 time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
