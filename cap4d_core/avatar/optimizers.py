@@ -1,0 +1,140 @@
+"""Optimisers of the avatar fit: Adam for splats and network, a row-wise Adam for the neck.
+
+With B views per step the gradient is a mean over B and its noise falls with sqrt(B); learning rates
+then grow with sqrt(B), epsilon shrinks with it and the moments forget B times faster per step, so
+that a step of B views stands for B steps of one (Malladi et al. 2022). B = 1 is the published set-up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cap4d_core.avatar.schedules import scheduled_rates
+from cap4d_core.settings import FittingSettings
+
+BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-15
+NECK_EPS = 1e-18
+SPLAT_GROUPS = ("xyz", "f_dc", "f_rest", "opacity", "scaling", "rotation")
+
+
+def batch_betas(batch_size: int) -> tuple[float, float]:
+    """Moment decays that forget as fast per view as BETAS does at one view per step."""
+    first, second = (max(1 - batch_size * (1 - beta), 0.0) for beta in BETAS)
+    # Averaging over fewer than two steps would leave Adam without a first moment.
+    return max(first, 0.5), max(second, 0.9)
+
+
+def splat_rates(settings: FittingSettings) -> dict[str, float]:
+    """Initial learning rates by group, before the factor sqrt(B)."""
+    return {
+        "xyz": settings.lr_position,
+        "f_dc": settings.lr_feature,
+        "f_rest": settings.lr_feature / 20.0,
+        "opacity": settings.lr_opacity,
+        "scaling": settings.lr_scaling,
+        "rotation": settings.lr_rotation,
+    }
+
+
+def make_adam(
+    splats: Mapping[str, nn.Parameter], network: nn.Module, settings: FittingSettings
+) -> torch.optim.Adam:
+    """Adam with one group per splat tensor and one for the network (L2 weight decay, coupled).
+
+    Args:
+        splats: tensors by the names in SPLAT_GROUPS.
+        network: deformation network.
+        settings: rates and batch size.
+    """
+    factor = math.sqrt(settings.batch_size)
+    rates = splat_rates(settings)
+    groups: list[dict[str, object]] = [
+        {"params": [splats[name]], "lr": rates[name] * factor, "name": name}
+        for name in SPLAT_GROUPS
+    ]
+    groups.append(
+        {
+            "params": list(network.parameters()),
+            "lr": settings.lr_deform_net * factor,
+            "weight_decay": settings.weight_decay_deform_net,
+            "name": "deform_net",
+        }
+    )
+    return torch.optim.Adam(
+        groups,
+        lr=0.0,
+        betas=batch_betas(settings.batch_size),
+        eps=ADAM_EPS / factor,
+        fused=True,
+    )
+
+
+class RowAdam:
+    """Adam that moves only the rows of a table that a step used (torch's SparseAdam, without sparse
+    tensors, whose coalescing would stop the GPU every step).
+
+    One step counter serves all rows. Rows without use keep their moments.
+    """
+
+    def __init__(
+        self,
+        table: nn.Parameter,
+        lr: float,
+        betas: tuple[float, float] = BETAS,
+        eps: float = NECK_EPS,
+    ) -> None:
+        self.table, self.lr, self.betas, self.eps = table, lr, betas, eps
+        self.steps = 0
+        self.exp_avg = torch.zeros_like(table)
+        self.exp_avg_sq = torch.zeros_like(table)
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[int]) -> None:
+        """Steps the given rows with the table's dense gradient, which is then dropped."""
+        gradient = self.table.grad
+        if gradient is None:
+            return
+        self.steps += 1
+        beta1, beta2 = self.betas
+        index = torch.tensor(sorted(set(rows)), device=self.table.device)
+        g = gradient.index_select(0, index)
+        m = self.exp_avg.index_select(0, index).lerp(g, 1 - beta1)
+        v = self.exp_avg_sq.index_select(0, index).lerp(g * g, 1 - beta2)
+        self.exp_avg.index_copy_(0, index, m)
+        self.exp_avg_sq.index_copy_(0, index, v)
+        step_size = self.lr * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        self.table.index_add_(0, index, m / (v.sqrt() + self.eps), alpha=-step_size)
+        self.table.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State to save."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Takes up saved state."""
+        self.exp_avg.copy_(tensors["exp_avg"])
+        self.exp_avg_sq.copy_(tensors["exp_avg_sq"])
+        self.steps = steps
+
+
+def set_rates(
+    iteration: int, settings: FittingSettings, adam: torch.optim.Adam, neck: RowAdam | None
+) -> None:
+    """Sets the scheduled rates: positions, deformation network, neck. The others stay."""
+    factor = math.sqrt(settings.batch_size)
+    rates = scheduled_rates(iteration, settings)
+    for group in adam.param_groups:
+        if group["name"] in rates:
+            group["lr"] = factor * rates[group["name"]]
+    if neck is not None:
+        neck.lr = factor * rates["neck"]
+
+
+def group_of(adam: torch.optim.Optimizer, name: str) -> dict[str, object]:
+    """The parameter group of that name."""
+    return next(group for group in adam.param_groups if group["name"] == name)

@@ -1,0 +1,266 @@
+"""Parity of losses, schedules, optimisers, densification, data loading and the training loop."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import torch
+
+from cap4d_core.avatar import densification, losses, optimizers, schedules
+from cap4d_core.avatar.deformation import DeformationUNet, positional_encoding
+from cap4d_core.avatar.lpips import STAGES, TAP_CHANNELS, Lpips
+from cap4d_core.settings import PRESETS, FittingSettings
+from tests.parity.goldens import Golden, adapter
+
+GROUPS = optimizers.SPLAT_GROUPS
+
+
+def tensor(array: Any) -> torch.Tensor:
+    return torch.tensor(np.asarray(array))
+
+
+def number(golden: Golden, name: str) -> int:
+    return int(golden.input(name).reshape(-1)[0])
+
+
+@adapter("B3_posenc")
+def check_positional_encoding(golden: Golden) -> None:
+    rows = golden.peek("out.pos_enc_rows")
+    encoding = positional_encoding(rows.shape[1])
+    half = encoding.shape[0] // 2
+    golden.compare("out.pos_enc_rows", encoding[:half, :, 0], atol=1e-5)
+    golden.compare("out.pos_enc_cols", encoding[half:, 0, :], atol=1e-5)
+    step = rows.shape[1] // golden.peek("out.full_probe").shape[1]
+    golden.compare("out.full_probe", encoding[:, ::step, ::step], atol=1e-5)
+    spread = (encoding[:half] - encoding[:half, :, :1]).abs().max()
+    golden.compare("out.row_channels_constant_along_cols", spread.reshape(1), atol=1e-5)
+
+
+@adapter("B5_unet_small")
+def check_unet(golden: Golden) -> None:
+    state = {
+        name.removeprefix("in.sd."): tensor(array.astype(np.float32))
+        for name, array in golden.inputs(r"in\.sd\..*").items()
+    }
+    channels = state["model.model.0.weight"].shape[0]
+    layers = sum(t.ndim == 4 for t in state.values()) // 2
+    network = DeformationUNet(channels, layers)
+    network.load_state_dict(state)
+    offsets = tensor(golden.input("in.offsets_f16").astype(np.float32))[None]
+    encoding = positional_encoding(offsets.shape[-1])[None]
+    with torch.no_grad():
+        both = network(
+            torch.cat([torch.cat([o, encoding], 1) for o in (offsets, torch.zeros_like(offsets))])
+        )
+    golden.compare("out.y", both[:1], atol=2e-4)
+    golden.compare("out.y_zero_offsets", both[1:], atol=2e-4)
+
+
+@adapter("C1_l1_ssim")
+def check_image_losses(golden: Golden) -> None:
+    a = tensor(golden.input("in.a"))[None].requires_grad_()
+    b = tensor(golden.input("in.b"))[None]
+    window = losses.gaussian_window(torch.float64)
+    golden.compare("out.window", torch.outer(window, window), atol=1e-7)
+    l1 = losses.l1_loss(a, b)
+    golden.compare("out.l1", l1, atol=1e-6)
+    golden.compare("out.l1_grad_a", torch.autograd.grad(l1, a)[0][0], atol=1e-8)
+    # The golden's own rounding is 1.4e-7, of the 2-D convolution.
+    similarity = losses.ssim(a, b, separable=False)
+    golden.compare("out.ssim", similarity, atol=1e-5)
+    golden.compare("out.ssim_grad_a", torch.autograd.grad(similarity, a)[0][0], atol=1e-7)
+    golden.compare("out.ssim_identical", losses.ssim(a, a), atol=1e-6)
+
+
+def recipe_lpips(seed: int, parity: bool = True) -> Lpips:
+    """LPIPS with the random weights that the goldens name."""
+    random = np.random.RandomState(seed)
+    model = Lpips(parity=parity)
+    widths = [3, *(w for stage in STAGES for w in stage)]
+    with torch.no_grad():
+        for layer, (i, o) in zip(
+            model.convolutions, zip(widths[:-1], widths[1:], strict=True), strict=True
+        ):
+            layer.weight.copy_(tensor(random.randn(o, i, 3, 3) * math.sqrt(2 / (9 * i))))
+            layer.bias.copy_(tensor(random.randn(o) * 0.05))
+        for head, channels in zip(model.heads, TAP_CHANNELS, strict=True):
+            head.copy_(tensor(np.abs(random.randn(1, channels, 1, 1))))
+    return model
+
+
+@adapter("C2_lpips_structure")
+def check_lpips(golden: Golden) -> None:
+    model = recipe_lpips(number(golden, "in.weight_seed"))
+    x = tensor(golden.input("in.x"))[None].requires_grad_()
+    y = tensor(golden.input("in.y"))[None]
+    layers = model.distances(x, y)
+    golden.compare("out.per_layer", layers[0], rtol=1e-4)
+    distance = model(x, y)
+    golden.compare("out.lpips", distance.reshape(1, 1, 1, 1), rtol=1e-4)
+    golden.ignore("out.lpips_shape", "distances are returned per image, shape (B,)")
+    golden.compare("out.grad_x", torch.autograd.grad(distance.sum(), x)[0][0], rel_to_peak=1e-3)
+    golden.ignore("out.batch_sum", "the file does not say which images form the batch")
+
+
+@adapter("C3_schedules")
+def check_schedules(golden: Golden) -> None:
+    for match, name in golden.match(r"out\.(.*)_f64"):
+        preset = match[1].removesuffix("_quality")
+        settings = FittingSettings(**PRESETS[preset].get("fitting", {}))
+        rows = []
+        for iteration in golden.peek(name)[:, 0].astype(int).tolist():
+            weights = schedules.loss_weights(iteration, settings)
+            rates = schedules.scheduled_rates(iteration, settings)
+            rows.append(
+                [iteration, weights.lpips, weights.l1, weights.ssim]
+                + [rates["xyz"], rates["deform_net"], rates["neck"]]
+                + [schedules.sh_degree_at(iteration, settings)]
+            )
+        golden.compare(name, np.array(rows), rtol=1e-6)
+
+
+def splats_of(golden: Golden) -> tuple[densification.SplatTensors, torch.optim.Adam]:
+    """Splats and optimiser state of a densification file."""
+    tensors = {name: tensor(golden.input(f"in.{name}")) for name in GROUPS}
+    counter = golden.input("in.binding_counter")
+    splats = densification.SplatTensors(tensors, tensor(golden.input("in.binding")), len(counter))
+    golden.check(np.array_equal(splats.binding_counter, counter), "binding_counter of the input")
+    adam = optimizers.make_adam(splats.groups(), torch.nn.Linear(1, 1), FittingSettings())
+    for name, parameter in splats.groups().items():
+        adam.state[parameter] = {
+            "step": tensor(golden.input(f"in.{name}.step")).clone(),
+            "exp_avg": tensor(golden.input(f"in.{name}.exp_avg")),
+            "exp_avg_sq": tensor(golden.input(f"in.{name}.exp_avg_sq")),
+        }
+    return splats, adam
+
+
+def statistics_of(golden: Golden) -> densification.SplatStatistics:
+    return densification.SplatStatistics(
+        tensor(golden.input("in.xyz_gradient_accum")).clone(),
+        tensor(golden.input("in.denom")).clone(),
+        tensor(golden.input("in.max_radii2D")).clone(),
+    )
+
+
+def compare_splats(
+    golden: Golden,
+    splats: densification.SplatTensors,
+    adam: torch.optim.Adam,
+    statistics: densification.SplatStatistics,
+) -> None:
+    for name, parameter in splats.groups().items():
+        golden.compare(f"out.{name}", parameter, atol=1e-6)
+        for part in ("exp_avg", "exp_avg_sq"):
+            golden.compare(f"out.{name}.{part}", adam.state[parameter][part], atol=1e-6)
+        golden.compare(f"out.{name}.step", adam.state[parameter]["step"], atol=0)
+    golden.compare("out.binding", splats.binding)
+    golden.compare("out.binding_counter", splats.binding_counter)
+    golden.compare("out.max_radii2D", statistics.max_radius, atol=1e-6)
+    golden.compare("out.xyz_gradient_accum", statistics.gradient_sum, atol=1e-6)
+    golden.compare("out.denom", statistics.count, atol=1e-6)
+
+
+@adapter("D1_densify_noscreen", "D2_densify_screen")
+def check_densification(golden: Golden) -> None:
+    splats, adam = splats_of(golden)
+    statistics = statistics_of(golden)
+    views = sorted({match[1] for match, _ in golden.match(r"in\.(view\d+)\..*")})
+    for view in views:
+        visible = tensor(golden.input(f"in.{view}.visible"))[None]
+        statistics.add(
+            tensor(golden.input(f"in.{view}.means2d_grad"))[None],
+            tensor(golden.input(f"in.{view}.radii"))[None],
+            visible,
+        )
+    golden.compare("mid.xyz_gradient_accum", statistics.gradient_sum, atol=1e-6)
+    golden.compare("mid.denom", statistics.count, atol=1e-6)
+    golden.compare("mid.max_radii2D", statistics.max_radius, atol=1e-6)
+    screen = number(golden, "in.max_screen_size")
+    arguments = re.search(r"grad ([\d.e-]+)", golden.entry.get("pins", ""))
+    densification.densify_and_prune(
+        splats,
+        adam,
+        statistics,
+        tensor(golden.input("in.face_scaling")),
+        threshold=float(arguments[1]) if arguments else FittingSettings().densify_grad_threshold,
+        dense_size=FittingSettings().percent_dense,
+        max_screen_radius=screen if screen > 0 else None,
+        noise=tensor(golden.input("in.split_eps")),
+        parity=True,
+    )
+    golden.ignore(r"in\.face_(orien.*|center)", "not used by densification")
+    compare_splats(golden, splats, adam, statistics)
+
+
+@adapter("D3_prune")
+def check_prune(golden: Golden) -> None:
+    splats, adam = splats_of(golden)
+    statistics = statistics_of(golden)
+    flagged = tensor(golden.input("in.prune_mask"))
+    removed = densification.prune(splats, adam, statistics, flagged, parity=True)
+    golden.compare("out.effective_prune_mask", removed)
+    golden.ignore(r"in\.face_.*", "not used by pruning")
+    compare_splats(golden, splats, adam, statistics)
+
+
+@adapter("D4_opacity_reset")
+def check_opacity_reset(golden: Golden) -> None:
+    opacity = tensor(golden.input("in.opacity"))
+    zeros = {
+        "xyz": (3,), "f_dc": (1, 3), "f_rest": (15, 3), "scaling": (3,), "rotation": (4,)
+    }  # fmt: skip
+    tensors = {name: torch.zeros(len(opacity), *shape) for name, shape in zeros.items()}
+    binding = torch.zeros(len(opacity), dtype=torch.int64)
+    splats = densification.SplatTensors({**tensors, "opacity": opacity}, binding, 1)
+    adam = optimizers.make_adam(splats.groups(), torch.nn.Linear(1, 1), FittingSettings())
+    # Any state will do: the moments are cleared and the counter kept.
+    step = torch.as_tensor(golden.peek("out.step"))
+    adam.state[splats.opacity] = {
+        "step": step.clone(),
+        "exp_avg": torch.ones_like(opacity),
+        "exp_avg_sq": torch.ones_like(opacity),
+    }
+    densification.reset_opacity(splats, adam)
+    golden.compare("out.opacity", splats.opacity, atol=1e-5)
+    state = adam.state[splats.opacity]
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        golden.compare(f"out.{name}", state[name], atol=1e-5)
+
+
+@adapter("D6_sparse_adam")
+def check_row_adam(golden: Golden) -> None:
+    rows = golden.input("in.rows").tolist()
+    cotangents = tensor(golden.input("in.cotangents"))
+    table = torch.nn.Parameter(torch.zeros(golden.peek("out.weights").shape[1:]))
+    neck = optimizers.RowAdam(table, 0.0)
+    weights = []
+    for row, cotangent, lr in zip(rows, cotangents, golden.input("in.lrs_f64"), strict=True):
+        neck.lr = float(lr)
+        loss = (cotangent * table[row]).sum() + losses.neck_loss(table[row][None])
+        loss.backward()
+        neck.step([row])
+        weights.append(table.detach().clone())
+    golden.compare("out.weights", torch.stack(weights), atol=2e-9)
+
+
+@adapter("D7_adam")
+def check_adam(golden: Golden) -> None:
+    shapes = {"f_dc": (1, 3), "f_rest": (15, 3), "opacity": (1,), "scaling": (3,), "rotation": (4,)}
+    xyz = tensor(golden.input("in.xyz0"))
+    splats = {name: torch.nn.Parameter(torch.zeros(1, *shape)) for name, shape in shapes.items()}
+    splats["xyz"] = torch.nn.Parameter(xyz.clone())
+    net = torch.nn.ParameterList([tensor(golden.input("in.net0")).clone()])
+    adam = optimizers.make_adam(splats, net, FittingSettings())
+    have: dict[str, list[torch.Tensor]] = {"xyz": [], "net": []}
+    gradients = tensor(golden.input("in.grads"))
+    for of_xyz, of_net in zip(*gradients, strict=True):
+        splats["xyz"].grad, net[0].grad = of_xyz.clone(), of_net[: len(net[0])].clone()
+        adam.step()
+        have["xyz"].append(splats["xyz"].detach().clone())
+        have["net"].append(net[0].detach().clone())
+    for name, values in have.items():
+        golden.compare(f"out.{name}", torch.stack(values), atol=1e-6)
