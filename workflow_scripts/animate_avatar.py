@@ -1,0 +1,25 @@
+"""Rule animate_avatar: an avatar driven by one sequence."""
+
+from cap4d_core.job import Job, run
+
+
+def main(job: Job) -> None:
+    from cap4d_core.animation.driver import animate
+    from cap4d_core.avatar.gaussians import GaussianAvatar
+    from cap4d_core.flame.model import HeadModel
+    from cap4d_core.settings import AnimationSettings
+    from cap4d_core.tracking.precomputed import read_driving
+
+    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=True)
+    animate(
+        GaussianAvatar.load(job.input_file("avatar").parent, head_model, job.device),
+        head_model,
+        read_driving(job.input_file("driving").parent),
+        AnimationSettings(**job.params["settings"]),
+        job.output_file("video").parent,
+        callback=job.progress("frames"),
+    )
+
+
+if __name__ == "__main__":
+    run(main, globals().get("snakemake"))

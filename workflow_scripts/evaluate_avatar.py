@@ -1,0 +1,23 @@
+"""Rule evaluate_avatar: the avatar against images that it was not fitted on."""
+
+from cap4d_core.job import Job, run
+
+
+def main(job: Job) -> None:
+    from cap4d_core.avatar.gaussians import GaussianAvatar
+    from cap4d_core.evaluation.evaluate import evaluate_avatar
+    from cap4d_core.flame.model import HeadModel
+
+    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=True)
+    evaluate_avatar(
+        GaussianAvatar.load(job.input_file("avatar").parent, head_model, job.device),
+        head_model,
+        job.input_file("held_out"),
+        job.input_file("references").parent,
+        job.output_file("metrics").parent,
+        callback=job.progress("views"),
+    )
+
+
+if __name__ == "__main__":
+    run(main, globals().get("snakemake"))

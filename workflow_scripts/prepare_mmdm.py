@@ -1,0 +1,20 @@
+"""Rule prepare_mmdm: diffusion weights as safetensors, tied to the head model."""
+
+from cap4d_core.job import Job, run
+
+
+def main(job: Job) -> None:
+    from cap4d_core.diffusion.checkpoint import prepare_mmdm
+    from cap4d_core.diffusion.renderer_tables import head_model_tables
+
+    prepare_mmdm(
+        job.input_file("source"),
+        job.output_file("folder"),
+        head_tables=head_model_tables(job.input_file("head_model")),
+        sha256=job.params["sha256"],
+        callback=job.progress("tensors"),
+    )
+
+
+if __name__ == "__main__":
+    run(main, globals().get("snakemake"))

@@ -1,0 +1,28 @@
+"""Rule sample_views: one shard of one round of denoising."""
+
+from cap4d_core.job import Job, run
+
+
+def main(job: Job) -> None:
+    from cap4d_core.diffusion.sampling import sample_views
+    from cap4d_core.settings import SamplingSettings
+
+    shard, _, _ = job.wildcards["scatteritem"].partition("-of-")
+    sample_views(
+        job.input_file("plan"),
+        job.input_file("references"),
+        job.input_file("mmdm"),
+        job.input_file("head_model"),
+        job.input_files("previous"),
+        job.output_file("latents"),
+        round_index=int(job.wildcards["round"]) - 1,
+        shard_index=int(shard) - 1,
+        settings=SamplingSettings(**job.params["settings"]),
+        checkpoint_path=job.checkpoint_file(f"{job.wildcards['scatteritem']}.safetensors"),
+        device=job.device,
+        callback=job.progress("steps"),
+    )
+
+
+if __name__ == "__main__":
+    run(main, globals().get("snakemake"))
