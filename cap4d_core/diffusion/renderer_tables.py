@@ -100,3 +100,30 @@ def choose_tables(
         )
     notes = {"from": "checkpoint", "compared": sorted(head), "differences": differences}
     return tables, notes
+
+
+def head_model_tables(head_model_dir: str | Path) -> dict[str, Tensor]:
+    """Tables of a head model, by released names, as the conditioning renderer derives them.
+
+    Args:
+        head_model_dir: folder written by `prepare_head_model`.
+
+    Raises:
+        InputFileError: a file of the head model is missing or wrong.
+    """
+    from cap4d_core.diffusion.conditioning import RendererTables
+    from cap4d_core.flame.template import load_flame_template
+
+    template = load_flame_template(head_model_dir)
+    tables = RendererTables.from_template(
+        template.vertices, template.faces, template.head_vertex_ids
+    )
+    return typed_tables(
+        {
+            "freqs": tables.frequencies,
+            "faces": tables.faces,
+            "faces_uvs": template.uv_faces,
+            "face_mask": tables.face_mask,
+            "props": tables.props,
+        }
+    )
