@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,15 +247,16 @@ def local_splats(avatar: GaussianAvatar) -> BoundSplats:
     def array(tensor: Tensor) -> np.ndarray[Any, Any]:
         return tensor.detach().cpu().numpy()
 
-    count = len(avatar.xyz)
+    splats = avatar.splats
+    count = len(splats.binding)
     return BoundSplats(
-        xyz=array(avatar.xyz),
-        features_dc=array(avatar.f_dc).reshape(count, 3),
-        features_rest=array(avatar.f_rest).reshape(count, -1, 3),
-        opacity=array(avatar.opacity).reshape(count),
-        log_scales=array(avatar.scaling),
-        rotations=array(avatar.rotation),
-        binding=array(avatar.binding).astype(np.int64),
+        xyz=array(splats.xyz),
+        features_dc=array(splats.f_dc).reshape(count, 3),
+        features_rest=array(splats.f_rest).reshape(count, -1, 3),
+        opacity=array(splats.opacity).reshape(count),
+        log_scales=array(splats.scaling),
+        rotations=array(splats.rotation),
+        binding=array(splats.binding).astype(np.int64),
     )
 
 
@@ -295,4 +295,4 @@ def _clear_frames(folder: Path) -> None:
         if re.fullmatch(r"\d{5,}\.png", file.name):
             file.unlink()
     if not any(folder.iterdir()):
-        shutil.rmtree(folder)
+        folder.rmdir()

@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.renderer import Backend, render_gaussians
 from cap4d_core.errors import InputFileError
-from cap4d_core.evaluation.metrics import dilated_mask, psnr, ssim
+from cap4d_core.evaluation.metrics import dilated_mask, lpips, psnr, ssim
 from cap4d_core.evaluation.side_by_side import Comparison, write_side_by_side
 from cap4d_core.files.basic import write_json
 from cap4d_core.files.image_set import ImageSetItem, ViewParameters, read_image_set
@@ -43,7 +44,10 @@ MAX_PICTURES = 12
 
 @dataclass(frozen=True)
 class ViewResult:
-    """Figures of one held-out view; `gain` is avatar minus baseline, angles in degrees."""
+    """Figures of one held-out view; `psnr_gain` is avatar minus baseline, angles in degrees.
+
+    The LPIPS distances are None without weights.
+    """
 
     view: str
     nearest_reference: str
@@ -53,6 +57,8 @@ class ViewResult:
     baseline_psnr: float
     baseline_ssim: float
     psnr_gain: float
+    lpips: float | None = None
+    baseline_lpips: float | None = None
 
 
 def evaluate_avatar(
@@ -65,6 +71,7 @@ def evaluate_avatar(
     *,
     mask_dilation: int = 5,
     background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    lpips_weights: str | Path | None = None,
     renderer: Backend = "auto",
 ) -> dict[str, Any]:
     """Compares an avatar with held-out views; writes `metrics.json` and `side_by_side.png`.
@@ -78,6 +85,7 @@ def evaluate_avatar(
         callback: called after every view.
         mask_dilation: pixels by which the foreground of the truth is grown.
         background: colour behind the avatar, and behind the truth where its matte is 0.
+        lpips_weights: weights of the perceptual distance; None = leave it out.
         renderer: backend of the splat renderer.
 
     Returns:
@@ -89,9 +97,11 @@ def evaluate_avatar(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     items, reference_items = read_image_set(held_out), read_image_set(references)
-    head_model.to(next(avatar.parameters()).device)
     reference_directions = np.stack([viewing_direction(r.parameters) for r in reference_items])
     shown = set(np.linspace(0, len(items) - 1, min(MAX_PICTURES, len(items))).round().astype(int))
+    device = next(avatar.parameters()).device
+    head_model.to(device)
+    perceptual = Lpips.load(lpips_weights, device=str(device)) if lpips_weights else None
     results, comparisons = [], []
     for number, item in enumerate(items):
         truth, mask = _truth(item, mask_dilation, background)
@@ -110,6 +120,7 @@ def evaluate_avatar(
             baseline_psnr=psnr(baseline, truth, mask),
             baseline_ssim=ssim(baseline, truth, mask),
             psnr_gain=psnr(image, truth, mask) - psnr(baseline, truth, mask),
+            **_perceptual_distances(perceptual, image, baseline, truth, mask, device),
         )
         results.append(result)
         if number in shown:
@@ -121,7 +132,10 @@ def evaluate_avatar(
         if callback:
             callback(Progress(number + 1, len(items), "view", {"psnr": result.psnr}))
     metrics = {
-        "views": [asdict(result) for result in results],
+        "views": [
+            {name: value for name, value in asdict(result).items() if value is not None}
+            for result in results
+        ],
         "summary": summarise(results),
         "mask_dilation_px": mask_dilation,
     }
@@ -132,13 +146,31 @@ def evaluate_avatar(
     return metrics
 
 
+def _perceptual_distances(
+    network: Lpips | None,
+    image: Tensor,
+    baseline: Tensor,
+    truth: Tensor,
+    mask: Tensor,
+    device: torch.device,
+) -> dict[str, float]:
+    if network is None:
+        return {}
+    image, baseline, truth, mask = (x.to(device) for x in (image, baseline, truth, mask))
+    return {
+        "lpips": lpips(network, image, truth, mask),
+        "baseline_lpips": lpips(network, baseline, truth, mask),
+    }
+
+
 def summarise(results: Sequence[ViewResult]) -> dict[str, float]:
     """Means over the views, number of views, share of views better than the baseline."""
 
     def mean(name: str) -> float:
         return float(np.mean([getattr(result, name) for result in results]))
 
-    names = ("psnr", "ssim", "baseline_psnr", "baseline_ssim", "psnr_gain")
+    names = ["psnr", "ssim", "baseline_psnr", "baseline_ssim", "psnr_gain"]
+    names += ["lpips", "baseline_lpips"] if results[0].lpips is not None else []
     return {
         "num_views": len(results),
         **{name: mean(name) for name in names},

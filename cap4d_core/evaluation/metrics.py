@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import torch
@@ -55,11 +57,31 @@ def ssim(image: Tensor, truth: Tensor, mask: Tensor) -> float:
 
     _check(image, truth, mask)
     compared = torch.where(mask[..., None], image, truth)
-    batches = (picture.permute(2, 0, 1)[None].float() for picture in (compared, truth))
     _, full = structural_similarity_index_measure(
-        *batches, data_range=1.0, return_full_image=True, reduction="none"
+        compared.permute(2, 0, 1)[None].float(),
+        truth.permute(2, 0, 1)[None].float(),
+        data_range=1.0,
+        return_full_image=True,
+        reduction="none",
     )
     return float(full[0].mean(0)[mask].mean())
+
+
+def lpips(distance: Callable[..., Tensor], image: Tensor, truth: Tensor, mask: Tensor) -> float:
+    """Learned perceptual distance; what lies outside the mask is made equal first.
+
+    Args:
+        distance: (1, 3, H, W) twice -> (1,), e.g. `cap4d_core.avatar.lpips.Lpips`, where
+            the images are.
+        image: (H, W, 3), 0..1.
+        truth: (H, W, 3), 0..1.
+        mask: (H, W) bool, not empty.
+    """
+    _check(image, truth, mask)
+    compared = torch.where(mask[..., None], image, truth)
+    pair = (picture.permute(2, 0, 1)[None] for picture in (compared, truth))
+    with torch.no_grad():
+        return float(distance(*pair)[0])
 
 
 def _check(image: Tensor, truth: Tensor, mask: Tensor) -> None:

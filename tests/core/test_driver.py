@@ -94,7 +94,9 @@ def test_exported_animation_holds_the_posed_vertices(tmp_path: Path) -> None:
     )
     assert animation.vertices.shape == (5, RESOLUTION**2, 3)
     np.testing.assert_array_equal(animation.faces, avatar.grid_faces.numpy())
-    np.testing.assert_array_equal(animation.splats.features_rest, avatar.f_rest.detach().numpy())
+    np.testing.assert_array_equal(
+        animation.splats.features_rest, avatar.splats.f_rest.detach().numpy()
+    )
     np.testing.assert_array_equal(animation.splats.binding, avatar.binding.numpy())
 
 
@@ -155,7 +157,7 @@ def test_nan_is_reported_and_leaves_no_video(tmp_path: Path) -> None:
     driving = toy_driving()
     avatar = ToyAvatar()
     with torch.no_grad():
-        avatar.f_dc[3] = float("nan")
+        avatar.splats.f_dc[3] = float("nan")
     with pytest.raises(DivergedError, match="NaN between frames 0 and 1"):
         animate(
             avatar,  # type: ignore[arg-type]

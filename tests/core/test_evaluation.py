@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.errors import InputFileError
 from cap4d_core.evaluation.evaluate import evaluate_avatar, render_view, viewing_direction
-from cap4d_core.evaluation.metrics import dilated_mask, psnr, ssim
+from cap4d_core.evaluation.metrics import dilated_mask, lpips, psnr, ssim
 from cap4d_core.files.image_set import ViewParameters, write_view_parameters
 from cap4d_core.files.images import read_grey, read_rgb, to_uint8, write_image
 from tests.core.toy_avatar import ToyAvatar
@@ -144,7 +145,7 @@ def test_the_true_avatar_wins(sets: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_wrong_avatar_loses(sets: tuple[Path, Path], tmp_path: Path) -> None:
     avatar = ToyAvatar()
     with torch.no_grad():
-        avatar.f_dc += 1.0
+        avatar.splats.f_dc += 1.0
     metrics = evaluate_avatar(avatar, HEAD, *sets, tmp_path / "out")  # type: ignore[arg-type]
     assert metrics["summary"]["psnr"] < 25
     assert metrics["summary"]["psnr_gain"] < 0
@@ -168,6 +169,34 @@ def test_viewing_direction_turns_against_the_head() -> None:
     # rot turns the head to +x in head space; the camera then lies to its -x side.
     turned = viewing_direction(_view(30, 0))
     np.testing.assert_allclose(turned, [-0.5, 0, -np.cos(np.radians(30))], atol=1e-6)
+
+
+def test_perceptual_distance_is_added_with_weights(
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a ruler of one line in place of the network, which has tests of its own."""
+
+    class MeanDifference(torch.nn.Module):
+        def forward(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return (image - target).abs().mean((1, 2, 3))
+
+    network = MeanDifference()
+    monkeypatch.setattr(Lpips, "load", lambda path, **options: network)
+    metrics = evaluate_avatar(
+        ToyAvatar(),  # type: ignore[arg-type]
+        HEAD,  # type: ignore[arg-type]
+        *sets,
+        tmp_path / "out",
+        lpips_weights="weights.safetensors",
+    )
+    summary = metrics["summary"]
+    # Rounding of the truth against other views: orders of magnitude apart.
+    assert 0 < summary["lpips"] < 0.1 * summary["baseline_lpips"]
+    picture = _noise(SIZE, SIZE, 3)
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[10:20, 10:20] = True
+    outside = torch.where(mask[..., None], picture, picture.flip(0))
+    assert lpips(network, outside, picture, mask) == 0
 
 
 def test_the_room_behind_a_photo_does_not_count(sets: tuple[Path, Path], tmp_path: Path) -> None:

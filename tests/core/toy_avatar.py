@@ -35,12 +35,14 @@ class ToyAvatar(nn.Module):
         self.register_buffer("binding", torch.arange(count))
         self.uv_resolution = RESOLUTION
         self.active_sh_degree = 1
-        self.xyz = nn.Parameter(torch.zeros(count, 3))
-        self.f_dc = nn.Parameter(torch.rand(count, 1, 3, generator=generator) * 2 - 0.5)
-        self.f_rest = nn.Parameter(0.1 * torch.randn(count, 15, 3, generator=generator))
-        self.opacity = nn.Parameter(torch.full((count, 1), 2.0))
-        self.scaling = nn.Parameter(torch.full((count, 3), -1.0))
-        self.rotation = nn.Parameter(torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1))
+        splats = self.splats = nn.Module()
+        splats.register_buffer("binding", self.binding)
+        splats.xyz = nn.Parameter(torch.zeros(count, 3))
+        splats.f_dc = nn.Parameter(torch.rand(count, 1, 3, generator=generator) * 2 - 0.5)
+        splats.f_rest = nn.Parameter(0.1 * torch.randn(count, 15, 3, generator=generator))
+        splats.opacity = nn.Parameter(torch.full((count, 1), 2.0))
+        splats.scaling = nn.Parameter(torch.full((count, 3), -1.0))
+        splats.rotation = nn.Parameter(torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1))
 
     def pose(
         self, expr: Tensor, eye_rot: Tensor, neck_rot: Tensor | None = None
@@ -52,11 +54,11 @@ class ToyAvatar(nn.Module):
         corners = vertices[:, self.grid_faces.reshape(-1)].reshape(batch, -1, 3, 3)
         size = 1 / 30
         return SimpleNamespace(
-            means=corners.mean(2) + size * self.xyz,
-            quats=self.rotation.expand(batch, -1, -1),
-            scales=(self.scaling.exp() * size).expand(batch, -1, -1),
-            opacities=self.opacity.sigmoid()[:, 0],
-            sh=torch.cat([self.f_dc, self.f_rest], dim=1),
+            means=corners.mean(2) + size * self.splats.xyz,
+            quats=self.splats.rotation.expand(batch, -1, -1),
+            scales=(self.splats.scaling.exp() * size).expand(batch, -1, -1),
+            opacities=self.splats.opacity.sigmoid()[:, 0],
+            sh=torch.cat([self.splats.f_dc, self.splats.f_rest], dim=1),
             vertices=vertices,
         )
 
