@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,11 @@ import torch
 
 from cap4d_core.avatar import densification, losses, optimizers, schedules
 from cap4d_core.avatar.deformation import DeformationUNet, positional_encoding
+from cap4d_core.avatar.image_data import composite_truncated, load_image_data, split_views
 from cap4d_core.avatar.lpips import STAGES, TAP_CHANNELS, Lpips
+from cap4d_core.files.image_set import read_view_parameters
+from cap4d_core.geometry import crops
+from cap4d_core.geometry.cameras import head_to_origin, invert_rigid
 from cap4d_core.settings import PRESETS, FittingSettings
 from tests.parity.goldens import Golden, adapter
 
@@ -264,3 +269,79 @@ def check_adam(golden: Golden) -> None:
         have["net"].append(net[0].detach().clone())
     for name, values in have.items():
         golden.compare(f"out.{name}", torch.stack(values), atol=1e-6)
+
+
+def dataset(golden: Golden) -> list[Path]:
+    """Folders of the golden image sets, references first."""
+    folder = golden.directory / "E_dataset"
+    return [folder / "reference_images", folder / "generated_images"]
+
+
+@adapter("E1_imageset")
+def check_image_sets(golden: Golden) -> None:
+    data = load_image_data(dataset(golden), parity=True)
+    split = split_views(len(data), parity=True)
+    ids = list(range(len(data)))
+    golden.compare("out.rt", data.world_to_camera, atol=2e-6)
+    golden.compare("out.K", data.intrinsics, atol=1e-3)
+    mask = data.mask(torch.arange(len(data)))
+    golden.compare("out.mask_bool", mask)
+    first = read_view_parameters(sorted((dataset(golden)[0] / "flame").glob("*.npz"))[0])
+    inside = crops.crop(np.ones(first.resolution, np.float32), first.crop_box, 0.0)
+    golden.compare("out.mask_raw0", crops.resize(inside, data.size[0]), atol=1e-6)
+    golden.compare("out.uid", ids)
+    golden.compare("out.timestep", ids)
+    # Width first in the file; crops are square.
+    golden.compare("out.wh", [data.size[::-1]] * len(data))
+    # The published lists are shuffled once; only membership matters.
+    for name, members in {
+        "train": split.train, "test": split.held_out, "val": split.validation
+    }.items():  # fmt: skip
+        golden.compare(f"out.{name}_uid", sorted(members, key=golden_order(golden, name)))
+    golden.compare("out.mesh_shape0", data.shape, atol=1e-6)
+    golden.compare("out.mesh_expr", data.expr, atol=1e-6)
+    golden.compare("out.mesh_eye_rot", data.eye_rot, atol=1e-6)
+    for name in ("rot", "tra"):  # the head stays at the origin
+        golden.compare(f"out.mesh_{name}", torch.zeros(len(data), 3), atol=1e-6)
+    golden.ignore("out.tgt_uid", "numbering of the driving sequence: frames are not numbered here")
+    golden.ignore("out.extent", "the scene extent is the constant 1 (percent_dense is in metres)")
+
+
+def golden_order(golden: Golden, name: str) -> Any:
+    order = golden.peek(f"out.{name}_uid").tolist()
+    return lambda uid: order.index(uid) if uid in order else len(order)
+
+
+@adapter("E2_image_decode")
+def check_image_decode(golden: Golden) -> None:
+    images = load_image_data(dataset(golden), parity=True).images
+    uids = tensor(golden.input("in.sel_uid")).long()
+    golden.compare("out.images", images[uids].permute(0, 3, 1, 2) / 255.0, atol=1e-6)
+    opaque = np.full((1, 256, 4), 255, np.uint8)
+    opaque[0, :, :3] = golden.input("in.ramp")[:, None]
+    ramp = composite_truncated(opaque)[0, :, 0]
+    golden.compare("out.ramp_u8_effective", ramp.astype(np.int64))
+    golden.compare("out.ramp_float", ramp / 255.0, atol=1e-6)
+    rgba = composite_truncated(golden.input("in.rgba"))
+    golden.compare("out.rgba_float", rgba.transpose(2, 0, 1) / 255.0, atol=1e-6)
+    default = load_image_data(dataset(golden)).images.int()
+    golden.check(int((default - images.int()).abs().max()) <= 1, "default decoding differs by > 1")
+
+
+@adapter("E5_reverse_transform")
+def check_head_to_origin(golden: Golden) -> None:
+    extr, rot, tra = (tensor(golden.input(f"in.{name}")) for name in ("extr", "rot", "tra"))
+    golden.compare("out.extr", head_to_origin(extr, rot, tra), atol=2e-6)
+    # One entry of the published cameras.json: inverse of a camera of the image sets.
+    uid = re.search(r"camera uid (\d+)", golden.entry.get("pins", ""))
+    data = load_image_data(dataset(golden), parity=True)
+    camera = invert_rigid(data.world_to_camera[int(uid[1]) if uid else 0].numpy())
+    golden.compare("out.json_position", camera[:3, 3], atol=2e-6)
+    golden.compare("out.json_rotation", camera[:3, :3], atol=2e-6)
+    golden.compare("out.json_wh", data.size[::-1])
+
+
+@adapter("E6_split_counts")
+def check_split_counts(golden: Golden) -> None:
+    counts = [split_views(n, parity=True) for n in golden.input("in.N").tolist()]
+    golden.compare("out.n", [[len(s.train), len(s.held_out)] for s in counts])
