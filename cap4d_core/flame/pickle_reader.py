@@ -103,7 +103,9 @@ def _allowed_globals() -> dict[tuple[str, str], Any]:
     for module in ("copyreg", "copy_reg"):
         allowed[module, "_reconstructor"] = _reconstruct_object
     for module in ("builtins", "__builtin__"):
-        allowed[module, "object"] = object
+        # chumpy's state holds sets; plain containers run nothing.
+        for container in (object, set, frozenset, list, dict, tuple, slice):
+            allowed[module, container.__name__] = container
     return allowed
 
 
