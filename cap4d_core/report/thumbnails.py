@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cap4d_core.animation.video import probe_video, read_frames
 from cap4d_core.errors import InputFileError
@@ -19,26 +19,27 @@ MAX_WIDTH = 1400
 
 
 def contact_sheet(
-    images: Sequence[NDArray[np.uint8]], columns: int = 6, side: int = 160, gap: int = 4
+    images: Sequence[NDArray[np.uint8]], columns: int = 6, width: int = 180, gap: int = 4
 ) -> NDArray[np.uint8]:
     """Images in a grid, row by row, on white.
 
     Args:
-        images: (H, W, 3) uint8 each, at least one; scaled to fit a square, not distorted.
+        images: (H, W, 3) uint8 each, at least one; scaled to fit their place, not distorted.
         columns: at most this many in a row.
-        side: pixels of the square each image gets.
-        gap: pixels between squares.
+        width: pixels of one place; its shape is that of the first image.
+        gap: pixels between places.
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    height = max(1, round(width * images[0].shape[0] / images[0].shape[1]))
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    sheet = np.full(size, 255, np.uint8)
     for number, image in enumerate(images):
-        small = Image.fromarray(image)
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        fitted = ImageOps.contain(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS)
         row, column = divmod(number, columns)
-        y = row * (side + gap) + (side - small.height) // 2
-        x = column * (side + gap) + (side - small.width) // 2
-        sheet[y : y + small.height, x : x + small.width] = np.asarray(small)
+        y = row * (height + gap) + (height - fitted.height) // 2
+        x = column * (width + gap) + (width - fitted.width) // 2
+        sheet[y : y + fitted.height, x : x + fitted.width] = np.asarray(fitted)
     return sheet
 
 
