@@ -1,28 +1,55 @@
 """Built-in Gaussian renderer for CPU tensors: compiled loops inside autograd functions.
 
-Same mathematics as gsplat 1.5.3's classic mode; conventions and constants are in
-`renderer_cpu_projection` and `renderer_cpu_tiles`. The first call compiles for some seconds; the
-machine code is cached on disk.
+Same mathematics as gsplat 1.5.3's classic mode; conventions, constants and kernels are in
+`renderer_cpu_projection`, `renderer_cpu_tiles` and `renderer_cpu_blending`. The first call compiles
+for some seconds; the machine code is cached on disk.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from cap4d_core.avatar import renderer_cpu_blending as blending
 from cap4d_core.avatar import renderer_cpu_projection as projection
 from cap4d_core.avatar import renderer_cpu_tiles as tiles
 
 Arrays = tuple[np.ndarray, ...]
 
+# Some more pieces of work than threads, so that none waits long for the slowest.
+_PIECES_PER_THREAD = 4
 
-def _use_torch_threads() -> None:
-    """Compiled loops use as many threads as torch does (and as the process may)."""
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+
+@lru_cache(maxsize=4)
+def _thread_pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Workers of one process (threads do not survive a fork)."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"renderer-{process}")
+
+
+def _run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Call kernel(first, last, *arguments) for pieces of range(count), on torch's thread count.
+
+    Kernels release the GIL. This does what numba's own parallel loops do, in half the compilation
+    time, and without OpenMP, whose threads abort the process when used after a fork.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        kernel(0, count, *arguments)
+        return
+    pieces = min(count, threads * _PIECES_PER_THREAD)
+    ends = [count * piece // pieces for piece in range(pieces + 1)]
+    pool = _thread_pool(threads, os.getpid())
+    futures = [pool.submit(kernel, first, last, *arguments) for first, last in pairwise(ends)]
+    for future in futures:
+        future.result()
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -56,12 +83,13 @@ class _Project(torch.autograd.Function):
         depths = torch.zeros(batch, count, dtype=dtype)
         radii = torch.zeros(batch, count, 2, dtype=torch.int32)
         outputs = (means2d, conics, colors, depths, radii)
-        _use_torch_threads()
-        projection.project(
+        _run(
+            projection.project, count,
             *inputs[:3], _array(opacities), inputs[3], degree, *view, width, height, near, far,
             *(tensor.numpy() for tensor in outputs),
         )  # fmt: skip
-        ctx.inputs, ctx.degree, ctx.view, ctx.size = inputs, degree, view, (width, height)
+        ctx.save_for_backward(means, quats, scales, sh)
+        ctx.degree, ctx.view, ctx.size = degree, view, (width, height)
         ctx.conics, ctx.radii = conics.numpy(), radii.numpy()
         ctx.mark_non_differentiable(radii)
         return outputs
@@ -69,10 +97,11 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v_means2d, v_conics, v_colors, v_depths, _ = gradients
-        results = [torch.zeros(array.shape, dtype=v_means2d.dtype) for array in ctx.inputs]
-        _use_torch_threads()
-        projection.project_backward(
-            *ctx.inputs, ctx.degree, *ctx.view, *ctx.size, ctx.conics, ctx.radii,
+        inputs = ctx.saved_tensors
+        results = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        _run(
+            projection.project_backward, v_means2d.shape[1],
+            *map(_array, inputs), ctx.degree, *ctx.view, *ctx.size, ctx.conics, ctx.radii,
             _array(v_means2d), _array(v_conics), _array(v_colors), _array(v_depths),
             *(tensor.numpy() for tensor in results),
         )  # fmt: skip
@@ -98,7 +127,8 @@ def _sort(
     slots = np.empty((batch, count + 1), np.int64)
     counts = np.zeros(batch, np.int64)
     tile_counts = np.zeros((batch, tiles_x * tiles_y), np.int64)
-    tiles.sort_views(
+    _run(
+        tiles.sort_views, batch,
         *map(_array, (means2d, conics, colors, depths, opacities, radii)), width, height,
         order, records, boxes, slots, counts, tile_counts,
     )  # fmt: skip
@@ -106,7 +136,7 @@ def _sort(
     slot_starts = np.concatenate([[0], ends[:-1, -1]])
     tile_starts = np.concatenate([slot_starts[:, None], ends], axis=1)
     tile_lists = np.empty(int(ends[-1, -1]), np.int32)
-    tiles.list_tiles(counts, boxes, tile_starts, tiles_x, tile_lists)
+    _run(tiles.list_tiles, batch, counts, boxes, tile_starts, tiles_x, tile_lists)
     # Any prime that does not divide the number of tiles visits each of them once.
     total = batch * tiles_x * tiles_y
     stride = next(prime for prime in (7919, 7907, 7901, 7883, 7879) if total % prime)
@@ -138,13 +168,18 @@ class _Blend(torch.autograd.Function):
         depth = torch.empty(batch, height, width, dtype=dtype)
         transmittance = torch.empty(batch, height, width, dtype=dtype)
         last_index = np.empty((batch, height, width), np.int32)
-        _use_torch_threads()
-        grid, lists, slots = _sort(
-            means2d, conics, colors, depths, opacities, radii, width, height
-        )
+        grid, lists, slots = _sort(means2d, conics, colors, depths, opacities, radii, width, height)
         behind = _array(background)
-        tiles.blend(
-            *grid, *lists, behind, image.numpy(), depth.numpy(), transmittance.numpy(), last_index
+        _run(
+            blending.blend,
+            batch * grid[1] * grid[2],
+            *grid,
+            *lists,
+            behind,
+            image.numpy(),
+            depth.numpy(),
+            transmittance.numpy(),
+            last_index,
         )
         ctx.grid, ctx.lists, ctx.slots, ctx.background = grid, lists, slots, behind
         ctx.pixels = (transmittance.numpy(), last_index)
@@ -160,14 +195,15 @@ class _Blend(torch.autograd.Function):
         v_means2d = v_image.new_zeros(batch, count, 2)
         v_conics, v_colors = v_image.new_zeros(batch, count, 3), v_image.new_zeros(batch, count, 3)
         v_opacities, v_depths = v_image.new_zeros(batch, count), v_image.new_zeros(batch, count)
-        _use_torch_threads()
-        tiles.blend_backward(
+        _run(
+            blending.blend_backward, batch * ctx.grid[1] * ctx.grid[2],
             *ctx.grid, tile_starts, tile_lists, records, boxes, slots, slot_starts,
             ctx.background, *ctx.pixels,
             _array(v_image), _array(v_alpha[..., 0]), _array(v_depth[..., 0]), slot_gradients,
         )  # fmt: skip
         results = (v_means2d, v_conics, v_opacities, v_colors, v_depths)
-        tiles.sum_slots(
+        _run(
+            blending.sum_slots, count,
             counts, order, slots, slot_starts, slot_gradients,
             *(tensor.numpy() for tensor in results),
         )  # fmt: skip

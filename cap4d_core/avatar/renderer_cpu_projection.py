@@ -7,17 +7,18 @@ normalised. The projection is the EWA splat of Zwicker et al. 2001 with the cons
 (Sloan, JCGT 2013).
 
 Arithmetic is done in float64 registers whatever the array type: these loops are scalar, so it
-costs little, and float32 and float64 arrays share one source. Loops run in parallel over fixed
-blocks of splats and never share an output element, so results do not depend on thread count.
+costs little, and float32 and float64 arrays share one source. A call handles a range of splats;
+ranges share no output element, so they can run in parallel and results do not depend on how many.
 """
 
 # mypy: disallow-untyped-defs=False
 # (compiled functions: numba infers the argument types, annotations would be ignored)
 
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 EPS2D = 0.3
 """Low-pass filter: added to both diagonal entries of the projected covariance, px^2."""
@@ -31,13 +32,15 @@ EXTENT_MAX = 3.33
 FRUSTUM_MARGIN = 0.3
 """The projection's Jacobian is evaluated at most this fraction of tan(fov/2) outside the image."""
 
-_BLOCK = 256
-_MATH = {"contract", "nsz", "arcp", "reassoc"}  # not nnan: NaN inputs must cull the splat
-_INNER = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": _MATH}
-_OUTER = {"cache": True, "nogil": True, "error_model": "numpy", "parallel": True}
+_KERNEL: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz", "arcp", "reassoc"},  # not nnan: NaN must cull a splat
+}
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _sh_basis(degree, x, y, z, out):
     """Write the (degree + 1)^2 basis values of unit direction (x, y, z)."""
     out[0] = 0.2820947917738781
@@ -68,7 +71,7 @@ def _sh_basis(degree, x, y, z, out):
     out[15] = -0.5900435899266435 * (x * c1 - y * s1)
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _sh_direction_gradient(degree, x, y, z, v):
     """Gradient to the unit direction; v[k] is the gradient to basis value k."""
     if degree < 1:
@@ -90,14 +93,18 @@ def _sh_direction_gradient(degree, x, y, z, v):
     k, m = -0.5900435899266435, 1.445305721320277
     middle = -2.285228997322329 * z2 + 0.4570457994644658
     middle_z = -2.0 * 2.285228997322329 * z
-    gx += 3.0 * k * (s1 * v[9] + c1 * v[15]) + 2.0 * m * z * (y * v[10] + x * v[14]) + middle * v[13]
-    gy += 3.0 * k * (c1 * v[9] - s1 * v[15]) + 2.0 * m * z * (x * v[10] - y * v[14]) + middle * v[11]
+    gx += (
+        3.0 * k * (s1 * v[9] + c1 * v[15]) + 2.0 * m * z * (y * v[10] + x * v[14]) + middle * v[13]
+    )
+    gy += (
+        3.0 * k * (c1 * v[9] - s1 * v[15]) + 2.0 * m * z * (x * v[10] - y * v[14]) + middle * v[11]
+    )
     gz += m * (s1 * v[10] + c1 * v[14]) + middle_z * (y * v[11] + x * v[13])
     gz += (3.0 * 1.865881662950577 * z2 - 1.119528997770346) * v[12]
     return gx, gy, gz
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _camera_position(camera, px, py, pz):
     """World point to camera axes."""
     return (
@@ -107,7 +114,7 @@ def _camera_position(camera, px, py, pz):
     )
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _unit_quaternion(quat):
     """Normalised w, x, y, z and the inverse norm."""
     w, x, y, z = float(quat[0]), float(quat[1]), float(quat[2]), float(quat[3])
@@ -115,9 +122,9 @@ def _unit_quaternion(quat):
     return w * inverse, x * inverse, y * inverse, z * inverse, inverse
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _camera_rotation(camera, w, x, y, z, out):
-    """out = rotation part of the camera times the rotation of the unit quaternion, (3, 3)."""
+    """Write camera rotation times rotation of the unit quaternion into out (3, 3)."""
     for i in range(3):
         c0, c1, c2 = camera[i, 0], camera[i, 1], camera[i, 2]
         out[i, 0] = (
@@ -131,7 +138,7 @@ def _camera_rotation(camera, w, x, y, z, out):
         )
 
 
-@njit(**_INNER)
+@njit(**_KERNEL)
 def _frustum_clamp(slope, focal, centre, size):
     """Slope (x/z or y/z) clamped to the image plus margin, and whether it was inside."""
     margin = FRUSTUM_MARGIN * 0.5 * size / focal
@@ -140,11 +147,17 @@ def _frustum_clamp(slope, focal, centre, size):
     return min(high, max(low, slope)), low <= slope and slope <= high
 
 
-@njit(**_INNER)
-def _project_block(
+@njit(**_KERNEL)
+def project(
     start, stop, means, quats, scales, opacities, sh, degree, cameras, intrinsics, centres,
     width, height, near, far, means2d, conics, colors, depths, radii,
 ):  # fmt: skip
+    """Fill means2d, conics, colors, depths and radii of the visible splats among start..stop.
+
+    Shapes: means (B, N, 3), quats (B, N, 4), scales (B, N, 3), opacities (B, N), sh (1 or B, N, K,
+    3), cameras (B, 4, 4) world to camera, intrinsics (B, 3, 3), centres (B, 3) camera centres in
+    the world; outputs (B, N, 2), (B, N, 3), (B, N, 3), (B, N), (B, N, 2) int32, zero on entry.
+    """
     basis = np.empty(16)
     rotation = np.empty((3, 3))
     num_bases = (degree + 1) * (degree + 1)
@@ -207,11 +220,15 @@ def _project_block(
             colors[b, n, 2] = max(blue, 0.0)
 
 
-@njit(**_INNER)
-def _project_block_backward(
+@njit(**_KERNEL)
+def project_backward(
     start, stop, means, quats, scales, sh, degree, cameras, intrinsics, centres, width, height,
     conics, radii, v_means2d, v_conics, v_colors, v_depths, v_means, v_quats, v_scales, v_sh,
 ):  # fmt: skip
+    """Fill v_means, v_quats, v_scales and v_sh (zero on entry) of the splats start..stop.
+
+    The views are walked in order inside, so that harmonics shared by all add up deterministically.
+    """
     basis = np.empty(16)
     v_basis = np.empty(16)
     rot = np.empty((3, 3))  # camera rotation times splat rotation
@@ -324,38 +341,3 @@ def _project_block_backward(
             v_means[b, n, 0] = wx + (gx - dot * dx) * inverse
             v_means[b, n, 1] = wy + (gy - dot * dy) * inverse
             v_means[b, n, 2] = wz + (gz - dot * dz) * inverse
-
-
-@njit(**_OUTER)
-def project(
-    means, quats, scales, opacities, sh, degree, cameras, intrinsics, centres,
-    width, height, near, far, means2d, conics, colors, depths, radii,
-):  # fmt: skip
-    """Fill means2d, conics, colors, depths and radii (all zero on entry) of the visible splats.
-
-    Shapes: means (B, N, 3), quats (B, N, 4), scales (B, N, 3), opacities (B, N), sh (1 or B, N, K,
-    3), cameras (B, 4, 4) world to camera, intrinsics (B, 3, 3), centres (B, 3) camera centres in
-    the world; outputs (B, N, 2), (B, N, 3), (B, N, 3), (B, N), (B, N, 2) int32.
-    """
-    count = means.shape[1]
-    for block in prange((count + _BLOCK - 1) // _BLOCK):
-        _project_block(
-            block * _BLOCK, min(count, (block + 1) * _BLOCK), means, quats, scales, opacities, sh,
-            degree, cameras, intrinsics, centres, width, height, near, far,
-            means2d, conics, colors, depths, radii,
-        )  # fmt: skip
-
-
-@njit(**_OUTER)
-def project_backward(
-    means, quats, scales, sh, degree, cameras, intrinsics, centres, width, height,
-    conics, radii, v_means2d, v_conics, v_colors, v_depths, v_means, v_quats, v_scales, v_sh,
-):  # fmt: skip
-    """Fill v_means, v_quats, v_scales and v_sh (all zero on entry) from the output gradients."""
-    count = means.shape[1]
-    for block in prange((count + _BLOCK - 1) // _BLOCK):
-        _project_block_backward(
-            block * _BLOCK, min(count, (block + 1) * _BLOCK), means, quats, scales, sh, degree,
-            cameras, intrinsics, centres, width, height, conics, radii, v_means2d, v_conics,
-            v_colors, v_depths, v_means, v_quats, v_scales, v_sh,
-        )  # fmt: skip

@@ -77,7 +77,7 @@ def project(
 
     Returns:
         means2d (N, 2), conics (N, 3), depths (N,), radii (N, 2) int32. Invisible splats have
-        radii 0 and harmless values elsewhere.
+        means2d and radii 0 and harmless values elsewhere.
     """
     points = means @ camera[:3, :3].T + camera[:3, 3]
     depths = points[:, 2]
@@ -112,16 +112,16 @@ def project(
         radii = torch.ceil(extent[:, None] * torch.stack([xx, yy], -1).sqrt())
         visible = in_range & (determinant > 0) & (radii > 0).all(-1)
         visible &= ((means2d + radii > 0) & (means2d - radii < size)).all(-1)
-        radii = torch.where(visible[:, None], radii, torch.zeros_like(radii)).to(torch.int32)
-    return means2d, conics, depths, radii
+        radii = torch.where(visible[:, None], radii, 0.0).to(torch.int32)
+    return torch.where(visible[:, None], means2d, 0.0), conics, depths, radii
 
 
-def _tile_lists(means2d: Tensor, radii: Tensor, depths: Tensor, across: int, down: int) -> Tensor:
-    """(tiles, N) bool: does the splat's bounding square touch the tile; columns in depth order."""
+def _touched_tiles(means2d: Tensor, radii: Tensor, across: int, down: int) -> Tensor:
+    """(tiles, N) bool: does the splat's bounding box touch the tile."""
     low = torch.floor((means2d - radii) / TILE)
     high = torch.ceil((means2d + radii) / TILE)
-    column = torch.arange(across, device=depths.device)[:, None]
-    row = torch.arange(down, device=depths.device)[:, None]
+    column = torch.arange(across, device=means2d.device)[:, None]
+    row = torch.arange(down, device=means2d.device)[:, None]
     in_column = (column >= low[:, 0]) & (column < high[:, 0])
     in_row = (row >= low[:, 1]) & (row < high[:, 1])
     return ((radii > 0).all(-1) & in_row[:, None] & in_column[None]).flatten(0, 1)
@@ -136,9 +136,7 @@ def _render_view(
     with torch.no_grad():
         # float32 keys and a stable sort: the order gsplat's radix sort gives.
         order = torch.argsort(features[:, -1].float(), stable=True)
-        touched = _tile_lists(
-            means2d[order], radii[order], features[order, -1], across, down
-        )
+        touched = _touched_tiles(means2d[order], radii[order], across, down)
     steps = torch.arange(TILE, dtype=means2d.dtype, device=means2d.device) + 0.5
     pixel = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(-1, 1, 2)
     sums, rests = [], []
@@ -155,7 +153,7 @@ def _render_view(
             kept = torch.cumprod(1 - alpha, 1) > TRANSMITTANCE_MIN
         alpha = torch.where(kept, alpha, 0.0)
         after = torch.cumprod(1 - alpha, 1)
-        before = torch.cat([torch.ones_like(after[:, :1]), after], 1)
+        before = torch.cat([after.new_ones(len(after), 1), after], 1)
         sums.append((alpha * before[:, :-1]) @ features[ids])
         rests.append(before[:, -1:])
 
