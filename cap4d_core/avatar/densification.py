@@ -9,6 +9,7 @@ flagged keep all of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -236,7 +237,7 @@ def densify_and_prune(
     threshold: float,
     dense_size: float,
     max_screen_radius: float | None,
-    noise: Tensor | None = None,
+    noise: Tensor | Callable[[int], Tensor] | None = None,
     generator: torch.Generator | None = None,
     parity: bool = False,
 ) -> None:
@@ -250,7 +251,8 @@ def densify_and_prune(
         dense_size: world size in metres that separates cloning from splitting.
         max_screen_radius: prune splats larger than this many pixels (and than MAX_WORLD_SCALE);
             None = off.
-        noise: (2 * number of splits, 3) standard normal draws; drawn from `generator` when None.
+        noise: (2 * number of splits, 3) standard normal draws, or a function that makes that many
+            rows; drawn from `generator` when None.
         generator: on the CPU, so that results do not depend on the device.
         parity: published arithmetic.
     """
@@ -269,6 +271,8 @@ def densify_and_prune(
     binding = splats.binding[split].repeat(2)
     if noise is None:
         noise = torch.randn(len(binding), 3, generator=generator)
+    elif callable(noise):
+        noise = noise(len(binding))
     std = children["scaling"].exp()
     if parity:
         std = std * face_scale[binding]

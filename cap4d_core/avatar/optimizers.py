@@ -8,7 +8,7 @@ that a step of B views stands for B steps of one (Malladi et al. 2022). B = 1 is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -94,21 +94,22 @@ class RowAdam:
         self.exp_avg_sq = torch.zeros_like(table)
 
     @torch.no_grad()
-    def step(self, rows: Sequence[int]) -> None:
-        """Steps the given rows with the table's dense gradient, which is then dropped."""
+    def step(self, index: Tensor) -> None:
+        """Steps the given rows (repeats allowed) with the table's dense gradient, then drops it."""
         gradient = self.table.grad
         if gradient is None:
             return
         self.steps += 1
         beta1, beta2 = self.betas
-        index = torch.tensor(sorted(set(rows)), device=self.table.device)
         g = gradient.index_select(0, index)
         m = self.exp_avg.index_select(0, index).lerp(g, 1 - beta1)
         v = self.exp_avg_sq.index_select(0, index).lerp(g * g, 1 - beta2)
         self.exp_avg.index_copy_(0, index, m)
         self.exp_avg_sq.index_copy_(0, index, v)
         step_size = self.lr * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
-        self.table.index_add_(0, index, m / (v.sqrt() + self.eps), alpha=-step_size)
+        # Copied, not added: repeated rows hold equal values and must move once.
+        moved = self.table.index_select(0, index) - step_size * m / (v.sqrt() + self.eps)
+        self.table.index_copy_(0, index, moved)
         self.table.grad = None
 
     def tensors(self) -> dict[str, Tensor]:

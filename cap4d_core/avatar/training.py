@@ -1,0 +1,315 @@
+"""One optimisation step of the avatar: pose, render, losses, backward, density control.
+
+`settings.parity` reproduces the published order and arithmetic (one view per step; density control
+before the optimiser, so that splats are not stepped when they were just replaced). Nothing here waits
+for the device except density control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cap4d_core.avatar import densification, losses
+from cap4d_core.avatar.gaussians import GaussianAvatar, HeadMaps, PosedGaussians
+from cap4d_core.avatar.image_data import ImageData, Split, ViewBatch, split_views
+from cap4d_core.avatar.lpips import Lpips
+from cap4d_core.avatar.optimizers import NECK_EPS, RowAdam, batch_betas, make_adam, set_rates
+from cap4d_core.avatar.renderer import RenderOutput, render_gaussians
+from cap4d_core.avatar.schedules import loss_weights, sh_degree_at
+from cap4d_core.settings import FittingSettings
+
+LOSS_NAMES = ("lpips", "l1", "ssim", "xyz", "scale", "lap", "deform", "rot", "neck", "total")
+# The published threshold and screen limit are meant for images of this width.
+REFERENCE_WIDTH = 512
+MAX_SCREEN_RADIUS = 20.0
+# With screen sizes tested at all (published: never), 20 px prunes hair and clothing; see docs/parity.md.
+FIXED_SCREEN_FACTOR = 2.0
+# Head maps of all views are kept when they fit into this many bytes.
+MAP_CACHE_BYTES = 2 * 1024**3
+
+
+class RenderFunction(Protocol):
+    """Signature of `render_gaussians`, which tests replace."""
+
+    def __call__(
+        self,
+        means: Tensor,
+        quats: Tensor,
+        scales: Tensor,
+        opacities: Tensor,
+        sh: Tensor,
+        world_to_camera: Tensor,
+        intrinsics: Tensor,
+        width: int,
+        height: int,
+        *,
+        sh_degree: int,
+        background: Any,
+        backend: str,
+    ) -> RenderOutput: ...
+
+
+class ViewOrder:
+    """Endless sequence of training views: a fresh permutation per epoch.
+
+    The permutation of an epoch depends on (seed, epoch) only, so a resumed run goes on with the same
+    views without stored random state.
+    """
+
+    def __init__(self, views: Iterable[int], seed: int, device: torch.device | str) -> None:
+        self.views = torch.tensor(list(views), dtype=torch.int64)
+        self.seed, self.device = seed, device
+        self._epochs: dict[int, Tensor] = {}
+
+    def _epoch(self, number: int) -> Tensor:
+        if number not in self._epochs:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            order = self.views[torch.randperm(len(self.views), generator=generator)]
+            self._epochs = {k: v for k, v in self._epochs.items() if k == number - 1}
+            self._epochs[number] = order.to(self.device)
+        return self._epochs[number]
+
+    def rows(self, step: int, batch_size: int) -> Tensor:
+        """Views of a step (counted from 0), (B,) on the device."""
+        count = len(self.views)
+        start, parts = step * batch_size, []
+        while batch_size > 0:
+            epoch, offset = divmod(start, count)
+            taken = min(batch_size, count - offset)
+            parts.append(self._epoch(epoch)[offset : offset + taken])
+            start, batch_size = start + taken, batch_size - taken
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class AvatarTrainer:
+    """State of a fit: avatar, neck table, optimisers, statistics.
+
+    Args:
+        avatar: changed in place.
+        data: all views, on the avatar's device.
+        settings: of the fit.
+        lpips: perceptual distance, None = without.
+        render_fn: renderer.
+        view_order: views of a step, `(step, batch_size) -> (B,)`; default: seeded permutations.
+        split_noise: standard normal draws of a split, `(call, rows) -> (rows, 3)`; default: seeded
+            by the iteration.
+    """
+
+    def __init__(
+        self,
+        avatar: GaussianAvatar,
+        data: ImageData,
+        settings: FittingSettings,
+        *,
+        lpips: Lpips | None = None,
+        render_fn: RenderFunction = render_gaussians,
+        view_order: Callable[[int, int], Tensor] | None = None,
+        split_noise: Callable[[int, int], Tensor] | None = None,
+    ) -> None:
+        self.avatar, self.data, self.settings = avatar, data, settings
+        self.lpips, self.render_fn, self.split_noise = lpips, render_fn, split_noise
+        device = avatar.shape.device
+        self.device = device
+        self.split: Split = split_views(len(data), settings.parity)
+        train = self.split.train or list(range(len(data)))
+        order = ViewOrder(train, settings.seed, device)
+        self.view_order = order.rows if view_order is None else view_order
+        self.neck_offsets = nn.Parameter(torch.zeros(len(data), 3, device=device))
+        self.adam = make_adam(avatar.splats.groups(), avatar.deformation, settings)
+        self.neck_adam: RowAdam | None = None
+        if not settings.static_neck:
+            factor = settings.batch_size**0.5
+            self.neck_adam = RowAdam(
+                self.neck_offsets, 0.0, batch_betas(settings.batch_size), NECK_EPS / factor
+            )
+        self.statistics = densification.SplatStatistics.zeros(len(avatar.splats), device)
+        self.background = torch.ones(3, device=device)
+        self.num_splits = 0
+        self._maps = self._cache_maps() if settings.static_neck else None
+
+    @torch.no_grad()
+    def _cache_maps(self) -> HeadMaps | None:
+        """Head maps of all views: without learned necks they never change."""
+        count, size = len(self.data), self.avatar.uv_resolution
+        if count * size * size * 6 * 4 > MAP_CACHE_BYTES:
+            return None
+        parts = [
+            self.avatar.head_maps(expr, eyes)
+            for expr, eyes in zip(
+                self.data.expr.split(16), self.data.eye_rot.split(16), strict=True
+            )
+        ]
+        return HeadMaps(
+            torch.cat([p.positions for p in parts]), torch.cat([p.offsets for p in parts])
+        )
+
+    def pose(self, rows: Tensor, with_regularisers: bool, neck: Tensor | None) -> PosedGaussians:
+        """The avatar in the expressions of some views."""
+        if self._maps is not None:
+            maps = self._maps.index(rows)
+        else:
+            maps = self.avatar.head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck)
+        return self.avatar.pose_maps(maps, with_regularisers)
+
+    def render(self, posed: PosedGaussians, batch: ViewBatch, sh_degree: int) -> RenderOutput:
+        """Renders posed splats into the cameras of a batch."""
+        height, width = self.data.size
+        return self.render_fn(
+            posed.means,
+            posed.quats,
+            posed.scales,
+            posed.opacities,
+            posed.sh,
+            batch.world_to_camera,
+            batch.intrinsics,
+            width,
+            height,
+            sh_degree=sh_degree,
+            background=self.background,
+            backend=self.settings.renderer,
+        )
+
+    def step(self, iteration: int) -> Tensor:
+        """One iteration, counted from 1; returns the weighted losses (LOSS_NAMES), detached."""
+        settings = self.settings
+        set_rates(iteration, settings, self.adam, self.neck_adam)
+        self.avatar.active_sh_degree = sh_degree_at(iteration, settings)
+        rows = self.view_order(iteration - 1, settings.batch_size)
+        batch = self.data.batch(rows)
+        neck = None if settings.static_neck else self.neck_offsets.index_select(0, rows)
+        posed = self.pose(rows, True, neck)
+        output = self.render(posed, batch, self.avatar.active_sh_degree)
+        densifying = iteration < settings.densify_until
+        if densifying:
+            output.means2d.retain_grad()
+        visible, radii = screen_radii(output.radii, settings.parity)
+        terms = self.losses(iteration, posed, output.image, batch, visible, neck)
+        terms["total"].backward()
+        if not settings.parity:
+            self._optimise(rows)
+        if densifying:
+            self._control_density(iteration, posed, output.means2d, radii, visible)
+        if settings.parity and iteration < settings.iterations:
+            self._optimise(rows)
+        self.adam.zero_grad(set_to_none=True)
+        self.neck_offsets.grad = None
+        return torch.stack([terms[name].detach() for name in LOSS_NAMES])
+
+    def _optimise(self, rows: Tensor) -> None:
+        self.adam.step()
+        if self.neck_adam is not None:
+            self.neck_adam.step(rows)
+
+    def losses(
+        self,
+        iteration: int,
+        posed: PosedGaussians,
+        image: Tensor,
+        batch: ViewBatch,
+        visible: Tensor,
+        neck: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms by LOSS_NAMES; switched-off terms are zero."""
+        s, splats = self.settings, self.avatar.splats
+        weights = loss_weights(iteration, s, self.lpips is not None)
+        have = image.permute(0, 3, 1, 2) * batch.mask
+        want = batch.image * batch.mask
+        zero = have.new_zeros(())
+        terms = dict.fromkeys(LOSS_NAMES, zero)
+        terms["l1"] = weights.l1 * losses.l1_loss(have, want)
+        terms["ssim"] = weights.ssim * (1 - losses.ssim(have, want, separable=not s.parity))
+        if self.lpips is not None and weights.lpips > 0:
+            terms["lpips"] = weights.lpips * self.lpips(have, want).mean()
+        if s.lambda_xyz > 0:
+            if s.metric_xyz:
+                value = losses.metric_position_loss(
+                    splats.xyz, posed.face_scale, visible, s.threshold_xyz
+                )
+            else:
+                value = losses.position_loss(splats.xyz, visible, s.threshold_xyz)
+            terms["xyz"] = s.lambda_xyz * value
+        if s.lambda_scale > 0:
+            scales = posed.scales if s.metric_scale else splats.scaling.exp()
+            terms["scale"] = s.lambda_scale * losses.scale_loss(scales, visible, s.threshold_scale)
+        if s.lambda_laplacian > 0:
+            terms["lap"] = s.lambda_laplacian * losses.laplacian_loss(posed.mesh.deformation)
+        assert posed.means_neutral is not None and posed.frames_neutral is not None
+        if s.lambda_relative_deform > 0:
+            value = losses.relative_deformation_loss(posed.means, posed.means_neutral)
+            terms["deform"] = s.lambda_relative_deform * value
+        if s.lambda_relative_rot > 0:
+            value = losses.relative_rotation_loss(
+                posed.frames.rotation, posed.frames_neutral.rotation
+            )
+            terms["rot"] = s.lambda_relative_rot * value
+        if neck is not None and s.lambda_neck > 0:
+            terms["neck"] = s.lambda_neck * losses.neck_loss(neck)
+        terms["total"] = torch.stack([terms[name] for name in LOSS_NAMES[:-1]]).sum()
+        return terms
+
+    @torch.no_grad()
+    def _control_density(
+        self,
+        iteration: int,
+        posed: PosedGaussians,
+        means2d: Tensor,
+        radii: Tensor,
+        visible: Tensor,
+    ) -> None:
+        s = self.settings
+        assert means2d.grad is not None
+        # The loss is a mean over the batch; the criterion is about single views.
+        self.statistics.add(means2d.grad * len(radii), radii, visible)
+        if iteration > s.densify_from and iteration % s.densification_interval == 0:
+            relative_width = self.data.size[1] / REFERENCE_WIDTH
+            limit = MAX_SCREEN_RADIUS
+            threshold = s.densify_grad_threshold
+            if not s.parity:
+                # Gradients per pixel grow with the size of a pixel, radii shrink.
+                threshold /= relative_width
+                limit *= relative_width * FIXED_SCREEN_FACTOR
+            densification.densify_and_prune(
+                self.avatar.splats,
+                self.adam,
+                self.statistics,
+                posed.frames.scale.mean(0),
+                threshold=threshold,
+                dense_size=s.percent_dense,
+                max_screen_radius=limit if iteration > s.opacity_reset_interval else None,
+                noise=self._noise(),
+                generator=torch.Generator().manual_seed(s.seed * 1_000_003 + iteration),
+                parity=s.parity,
+            )
+            self.num_splits += 1
+        if iteration % s.opacity_reset_interval == 0 or iteration == s.densify_from:
+            densification.reset_opacity(self.avatar.splats, self.adam)
+
+    def _noise(self) -> Callable[[int], Tensor] | None:
+        if self.split_noise is None:
+            return None
+        call, draw = self.num_splits, self.split_noise
+        return lambda rows: draw(call, rows)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Keeps the mean learned neck rotation as the avatar's rest pose."""
+        rows = self.split.train or list(range(len(self.data)))
+        self.avatar.rest_neck.copy_(self.neck_offsets[rows].mean(0))
+
+
+def screen_radii(radii: Tensor, parity: bool) -> tuple[Tensor, Tensor]:
+    """Visibility (B, N) and radius in pixels (B, N) from (B, N, 2) half sizes or (B, N) radii.
+
+    Published: the norm of both half sizes; here the larger one.
+    """
+    radii = radii.detach()
+    if radii.ndim == 2:
+        return radii > 0, radii.float()
+    visible = (radii > 0).all(-1)
+    sizes = radii.float()
+    radius = torch.linalg.vector_norm(sizes, dim=-1) if parity else sizes.amax(-1)
+    return visible, radius
