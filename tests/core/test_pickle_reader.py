@@ -20,15 +20,15 @@ from cap4d_core.flame.pickle_reader import load_flame_pickle
 
 
 def flame_dict(seed: int = 0) -> dict[str, Any]:
-    """A dict with the entries and shapes of a FLAME model, small numbers."""
+    """A dict with the entries of a FLAME model; bases of fewer vertices, to be quick."""
     generator = np.random.default_rng(seed)
     regressor = np.zeros((5, 5023))
     regressor[np.arange(5), [10, 20, 30, 40, 50]] = 1.0
     return {
         "v_template": generator.normal(size=(5023, 3)),
         "f": generator.integers(0, 5023, (60, 3)).astype(np.uint32),
-        "shapedirs": generator.normal(size=(5023, 3, 400)).astype(np.float16),
-        "posedirs": generator.normal(size=(5023, 3, 36)).astype(np.float32),
+        "shapedirs": generator.normal(size=(20, 3, 400)).astype(np.float16),
+        "posedirs": generator.normal(size=(20, 3, 36)).astype(np.float32),
         "J_regressor": regressor,
         "weights": generator.random((5023, 5)),
         "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], np.int64),
@@ -45,8 +45,6 @@ def _write(path: Path, content: Any, protocol: int = 2) -> Path:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_plain_arrays_of_every_protocol(tmp_path: Path, protocol: int) -> None:
     content = flame_dict()
-    if protocol == 0:  # text protocol of 38 MB would take seconds
-        content["shapedirs"] = np.zeros((4, 3, 400), np.float16)
     arrays = load_flame_pickle(_write(tmp_path / "m.pkl", content, protocol))
     assert set(arrays) == set(content) - {"bs_style", "bs_type"}
     assert np.array_equal(arrays["v_template"], content["v_template"].astype(np.float32))
