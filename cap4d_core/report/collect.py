@@ -6,7 +6,6 @@ damaged file costs its own figure, not the page.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +18,20 @@ from urllib.parse import quote
 from cap4d_core.errors import UserError
 from cap4d_core.files.basic import read_json
 from cap4d_core.files.images import IMAGE_SUFFIXES, read_rgb
+from cap4d_core.report.tables import (
+    Table,
+    entry_table,
+    evaluation_table,
+    json_text,
+    number_text,
+    size_text,
+    value_text,
+)
 from cap4d_core.report.thumbnails import data_uri, first_frame, folder_sheet, video_sheet
 
 logger = logging.getLogger(__name__)
 
 State = Literal["done", "missing", "failed"]
-MAX_PREVIEWS = 6
 
 
 @dataclass(frozen=True)
@@ -42,15 +49,6 @@ class Clip:
     href: str
     poster: str
     caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column names the row. Numbers are already text."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -146,11 +144,10 @@ class Collector:
     def _avatar(self, folder: Path) -> Part:
         part = Part("Avatar", "done" if (folder / "avatar.safetensors").exists() else "missing")
         self._add_image(part, folder / "metrics.png", "Losses and quality during the fit")
-        previews = sorted((folder / "previews").glob("*.png"))[-MAX_PREVIEWS:]
-        for file in previews[-1:]:
+        for file in sorted((folder / "previews").glob("*.png"))[-1:]:
             self._add_image(part, file, f"Last preview of the fit ({file.name})")
         self._add_downloads(part, folder, ["avatar.safetensors", "avatar.json", "metrics.json"])
-        part.provenance = _pretty(self._json(folder / "avatar.json"))
+        part.provenance = json_text(self._json(folder / "avatar.json"))
         return part
 
     def _evaluation(self, folder: Path) -> Part:
@@ -162,7 +159,7 @@ class Collector:
                 folder / "side_by_side.png",
                 "Held-out views: truth, avatar, nearest reference",
             )
-            part.tables.append(_evaluation_table(metrics))
+            part.tables.append(evaluation_table(metrics))
         self._add_downloads(part, folder, ["metrics.json", "side_by_side.png"])
         return part
 
@@ -175,9 +172,12 @@ class Collector:
         self._add_overlay(
             part, self.results_dir / "driving" / driving, "Head model over the driving sequence"
         )
+        self._add_numbers(
+            part, self.results_dir / "driving" / driving / "quality.json", "Driving sequence"
+        )
         names = ["renders.mp4", "renders.mov", "exported_animation.ply", "avatar_frame0.ply"]
         self._add_downloads(part, folder, names)
-        part.provenance = _pretty(self._json(folder / "animation.json"))
+        part.provenance = json_text(self._json(folder / "animation.json"))
         return part
 
     def _figures(self, folder: Path, parts: Sequence[Part]) -> dict[str, str]:
@@ -185,9 +185,9 @@ class Collector:
         animations = [part for part in parts if part.title.startswith("Animation")]
         done = sum(part.state == "done" for part in animations)
         return {
-            "PSNR": _number(summary.get("psnr"), " dB"),
-            "Gain over nearest reference": _number(summary.get("psnr_gain"), " dB"),
-            "SSIM": _number(summary.get("ssim"), digits=3),
+            "PSNR": number_text(summary.get("psnr"), " dB"),
+            "Gain over nearest reference": number_text(summary.get("psnr_gain"), " dB"),
+            "SSIM": number_text(summary.get("ssim"), digits=3),
             "Animations": f"{done} of {len(animations)}",
         }
 
@@ -222,17 +222,22 @@ class Collector:
                 self._add_clip(part, path, caption)
 
     def _add_numbers(self, part: Part, path: Path, caption: str) -> None:
+        """Numbers of a JSON object as one table, lists of objects as further ones."""
         content = self._json(path)
-        if isinstance(content, dict):
-            rows = [[key, _value(v)] for key, v in content.items() if _value(v)]
-            if rows:
-                part.tables.append(Table(caption, ("Measure", "Value"), rows))
+        if not isinstance(content, dict):
+            return
+        rows = [[key, value_text(v)] for key, v in content.items() if value_text(v)]
+        if rows:
+            part.tables.append(Table(caption, ("Measure", "Value"), rows))
+        for key, entries in content.items():
+            if isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries):
+                part.tables.append(entry_table(f"{caption}: {key}", entries))
 
     def _add_downloads(self, part: Part, folder: Path, names: Sequence[str]) -> None:
         for name in names:
             path = folder / name
             if path.is_file():
-                size = _size(path.stat().st_size)
+                size = size_text(path.stat().st_size)
                 part.downloads.append(Download(self._href(path), name, size))
 
     def _href(self, path: Path) -> str:
@@ -247,56 +252,3 @@ class Collector:
         except UserError as error:
             logger.warning("%s", error)
             return None
-
-
-def _evaluation_table(metrics: Mapping[str, Any]) -> Table:
-    names = {
-        "view": "View",
-        "psnr": "PSNR (dB)",
-        "ssim": "SSIM",
-        "baseline_psnr": "Nearest reference (dB)",
-        "psnr_gain": "Gain (dB)",
-        "angle_to_reference_deg": "Angle to it (°)",
-    }
-    if "lpips" in metrics.get("summary", {}):
-        names |= {"lpips": "LPIPS", "baseline_lpips": "Nearest reference LPIPS"}
-    rows = [
-        [str(v.get("view", "")), *(_number(v.get(n), digits=_digits(n)) for n in list(names)[1:])]
-        for v in metrics["views"]
-    ]
-    mean = dict(metrics.get("summary", {}))
-    mean["angle_to_reference_deg"] = mean.get("mean_angle_to_reference_deg")
-    if rows:
-        rows.append(["Mean", *(_number(mean.get(n), digits=_digits(n)) for n in list(names)[1:])])
-    caption = f"Held-out views, compared inside the matte ({len(metrics['views'])})"
-    return Table(caption, list(names.values()), rows)
-
-
-def _digits(name: str) -> int:
-    return 3 if name in ("ssim", "lpips", "baseline_lpips") else 1
-
-
-def _number(value: Any, unit: str = "", digits: int = 1) -> str:
-    return f"{value:.{digits}f}{unit}" if isinstance(value, int | float) else "–"
-
-
-def _value(value: Any) -> str:
-    """Scalars as text; nested content is left to the file itself."""
-    if isinstance(value, bool | str):
-        return str(value)
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def _pretty(content: Any, limit: int = 6000) -> str:
-    if not content:
-        return ""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    return text if len(text) <= limit else text[:limit] + "\n… (shortened; see the file)"

@@ -76,7 +76,14 @@ def _write(path: Path, content: object) -> None:
 def _complete_subject(results: Path, name: str) -> None:
     subject = results / name
     write_image(subject / "tracking" / "overlay.png", _picture())
-    _write(subject / "tracking" / "quality.json", {"landmark_error_px": 1.2345, "frames": 3})
+    quality = {
+        "landmark_error_px": 1.2345,
+        "references": [
+            {"camera": "cam0", "yaw_deg": 12.5, "crop_box": [1, 2, 3, 4], "flags": []},
+            {"camera": "cam1", "yaw_deg": -40.0, "flags": ["small face", "turned away"]},
+        ],
+    }
+    _write(subject / "tracking" / "quality.json", quality)
     _write(subject / "tracking" / "fit.npz", "x")
     for i in range(3):
         write_image(subject / "views/reference_images/crops" / f"{i:05d}.png", _picture(i))
@@ -109,7 +116,9 @@ def test_a_complete_subject_shows_every_stage(tmp_path: Path) -> None:
         tmp_path, {"ann": ["talk"]}, settings={"quality": "medium"}, versions={"torch": "2.13"}
     )
     for expected in (
-        "landmark_error_px", "1.234", "Reference views (3)", "Generated views (12 of 15)",
+        "landmark_error_px", "1.234", "yaw_deg", "-40", "small face; turned away",
+        "Reference views (3)",
+        "Generated views (12 of 15)",
         "27.1 dB", "7.1 dB", "0.912", "1 of 1", "4711", '"quality": "medium"', "2.13", "2.5 kB",
         "Last preview of the fit (00100.png)", "truth, avatar, nearest reference",
     ):  # fmt: skip
