@@ -34,6 +34,10 @@ def rasterize_numba(
     face_index = np.full((batch, height, width), -1, np.int64)
     barycentrics = np.full((batch, height, width, 3), -1.0, np.float32)
     depth = np.full((batch, height, width), -1.0, np.float32)
+    # numba's OpenMP pool is torch's too: left alone, it would start with all cores and leave torch
+    # with that number of threads, whatever it was set to.
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     # Strips of rows give single pictures to several cores; every pixel is written by one of them,
     # so results do not depend on their number.
     strips = max(1, min(height, -(-numba.get_num_threads() // max(batch, 1))))
@@ -52,6 +56,8 @@ def rasterize_numba(
         barycentrics,
         depth,
     )
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return face_index, barycentrics, depth
 
 
