@@ -15,15 +15,15 @@ Array = NDArray[np.float64]
 
 # Rays that define the surface start here; the head is star-shaped about this point up to the ears.
 CENTRE = np.array([0.0, 4.0, -30.0])
-EYE_CENTRE = np.array([32.0, 22.0, 36.5])
-EYE_RADIUS = 12.6
+EYE_CENTRE = np.array([32.0, 22.0, 36.0])
+EYE_RADIUS = 13.0
 LID_RADIUS = EYE_RADIUS + 1.25
 STOMION = np.array([0.0, -46.0, 66.0])
 MOUTH_HALF_WIDTH = 25.0
 MOUTH_CORNER = np.array([25.0, -45.6, 54.5])
 CHIN = np.array([0.0, -76.0, 62.0])
 NOSE_TIP = np.array([0.0, -13.0, 84.0])
-EAR_CENTRE = np.array([78.0, 6.0, -44.0])
+EAR_CENTRE = np.array([72.5, 3.0, -42.0])
 
 
 def smooth_union(a: Array, b: Array, k: float) -> Array:
@@ -33,7 +33,7 @@ def smooth_union(a: Array, b: Array, k: float) -> Array:
 
 
 def smooth_cut(a: Array, b: Array, k: float) -> Array:
-    """a without b, with a fillet of width k."""
+    """A without b, with a fillet of width k."""
     return -smooth_union(-a, b, k)
 
 
@@ -62,23 +62,23 @@ def capsule(
     return np.sqrt(((pa - t[..., None] * ba) ** 2).sum(-1)) - (ra + (rb - ra) * t)
 
 
-def _ear(p: Array) -> Array:
-    """A shell-shaped ear, flared backwards, with helix rim, antihelix, concha and lobe."""
-    c, s = np.cos(0.50), np.sin(0.50)
-    q = p - EAR_CENTRE
+def ear_distance(p: Array) -> Array:
+    """Distance to a shell-shaped ear, flared backwards, with helix rim, antihelix, concha and lobe."""
+    c, s = np.cos(0.38), np.sin(0.38)
+    q = p * np.where(p[:, :1] < 0, [-1.0, 1, 1], 1.0) - EAR_CENTRE
     # Turn about y so that the back edge of the ear stands off the skull; lean the top backwards.
     x, z = c * q[:, 0] + s * q[:, 2], -s * q[:, 0] + c * q[:, 2]
     y = q[:, 1]
     ct, st = np.cos(0.16), np.sin(0.16)
     y, z = ct * y - st * z, st * y + ct * z
     q = np.stack([x, y, z], -1)
-    disc = ellipsoid(q, (0.0, 3.0, -3.0), (5.5, 29.0, 17.5))
-    lobe = ellipsoid(q, (-1.0, -23.0, 3.0), (4.5, 9.0, 7.5))
-    d = smooth_union(disc, lobe, 6.0)
-    d = smooth_cut(d, ellipsoid(q, (8.0, 5.0, -2.0), (8.0, 22.0, 12.0)), 3.0)
-    d = smooth_union(d, capsule(q, (1.0, -8.0, -8.0), (1.0, 16.0, -3.0), 3.2, 2.2), 3.0)
-    d = smooth_cut(d, ellipsoid(q, (6.5, -5.0, 2.5), (7.5, 9.0, 6.0)), 3.0)
-    return smooth_union(d, ellipsoid(q, (2.0, -6.0, 11.5), (3.0, 5.0, 3.5)), 3.0)
+    disc = ellipsoid(q, (0.0, 3.0, -3.0), (6.5, 28.0, 16.5))
+    lobe = ellipsoid(q, (-1.0, -22.0, 4.0), (5.0, 9.0, 7.5))
+    d = smooth_union(disc, lobe, 8.0)
+    d = smooth_cut(d, ellipsoid(q, (8.5, 6.0, -1.5), (8.0, 20.5, 11.5)), 3.5)
+    d = smooth_union(d, capsule(q, (1.2, -9.0, -8.0), (1.2, 15.0, -2.5), 3.0, 2.2), 4.0)
+    d = smooth_cut(d, ellipsoid(q, (6.0, -4.0, 3.5), (8.5, 8.5, 6.0)), 3.0)
+    return smooth_union(d, ellipsoid(q, (2.0, -5.0, 11.5), (3.5, 5.5, 4.0)), 4.0)
 
 
 def head_distance(points: Array) -> Array:
@@ -87,55 +87,80 @@ def head_distance(points: Array) -> Array:
     p[:, 0] = np.sqrt(p[:, 0] ** 2 + 0.09)  # a soft |x| keeps the midline free of creases
     u = smooth_union
     d = ellipsoid(p, (0, 50, -37), (74, 84, 95))
-    d = u(d, ellipsoid(p, (0, 58, -8), (60, 56, 68)), 24)
+    d = u(d, ellipsoid(p, (0, 56, -10), (63, 58, 70)), 24)
     # Mid-face, cheeks, jaw.
-    d = u(d, ellipsoid(p, (0, -6, -4), (63, 58, 60)), 22)
-    d = u(d, ellipsoid(p, (0, -40, 16), (46, 44, 43)), 20)
-    d = u(d, capsule(p, (46, -46, -16), (16, -76, 40), 15, 12), 26)
-    d = u(d, ellipsoid(p, (0, -77, 49), (17, 13, 14)), 14)
-    d = u(d, ellipsoid(p, (48, 2, 24), (18, 13, 22)), 18)
-    d = u(d, ellipsoid(p, (34, -26, 34), (20, 24, 20)), 20)
-    d = u(d, ellipsoid(p, (0, -42, 40), (29, 22, 25)), 14)
+    d = u(d, ellipsoid(p, (0, -8, -6), (64, 60, 60)), 22)
+    d = u(d, ellipsoid(p, (0, -40, 14), (43, 46, 44)), 22)
+    d = u(d, capsule(p, (43, -42, -14), (10, -76, 42), 14, 12), 30)
+    d = u(d, ellipsoid(p, (0, -77, 48), (16, 13, 14.5)), 16)
+    d = u(d, ellipsoid(p, (44, 0, 24), (19, 15, 22)), 26)
+    d = u(d, ellipsoid(p, (32, -26, 32), (21, 26, 21)), 24)
+    d = u(d, ellipsoid(p, (0, -42, 38), (30, 22, 26)), 16)
     # Neck and the start of the shoulders.
-    d = u(d, capsule(p, (0, -40, -42), (0, -200, -48), 53, 57), 18)
-    d = u(d, capsule(p, (0, -196, -52), (120, -228, -52), 42, 40), 50)
-    d = u(d, capsule(p, (14, -185, 4), (52, -60, -50), 7, 9), 16)
+    d = u(d, capsule(p, (0, -36, -44), (0, -200, -50), 47, 52), 34)
+    d = u(d, ellipsoid(p, (0, -232, -50), (84, 56, 64)), 50)
+    d = u(d, capsule(p, (50, -48, -45), (18, -190, 0), 7, 9), 24)
+    d = u(d, ellipsoid(p, (0, -122, 2), (9, 14, 9)), 16)
     # Brow, eye sockets, nose.
-    d = u(d, capsule(p, (10, 37, 53.5), (44, 39, 38), 8.5, 7), 14)
-    d = smooth_cut(d, ellipsoid(p, (31, 21.5, 58), (19, 13, 15)), 11)
-    d = smooth_cut(d, ellipsoid(p, (17, 18, 58), (7, 12, 10)), 8)
-    d = u(d, capsule(p, (0, 30, 51), (0, -8, 70), 6.5, 6.5), 12)
-    d = u(d, ellipsoid(p, (0, -13.5, 74), (9, 8, 10)), 7)
-    d = u(d, ellipsoid(p, (12.0, -17.0, 64.5), (6.0, 6.8, 9.0)), 5)
-    d = u(d, capsule(p, (0, -23, 65), (0, -19, 77), 4, 4), 4)
-    d = smooth_cut(d, ellipsoid(p, (6.4, -23.0, 71.0), (3.2, 3.4, 5.5)), 3)
+    d = u(d, capsule(p, (13, 37, 51.5), (43, 40, 38), 7.0, 5.8), 24)
+    d = smooth_cut(d, ellipsoid(p, (32, 22, 57), (18, 11, 10.5)), 14)
+    d = smooth_cut(d, ellipsoid(p, (17, 18, 58), (6.5, 11, 6.5)), 11)
+    d = u(d, capsule(p, (0, 34, 50.5), (0, -7, 68), 6.2, 6.2), 17)
+    d = u(d, ellipsoid(p, (0, -6, 61.5), (11, 16, 12)), 17)
+    d = u(d, ellipsoid(p, (19, 2, 49.5), (9, 15, 8)), 14)
+    d = u(d, ellipsoid(p, (0, -12.5, 73), (9.0, 7.6, 10.5)), 9)
+    d = u(d, ellipsoid(p, (10.6, -16.5, 65.0), (5.8, 6.4, 8.5)), 8)
+    d = u(d, capsule(p, (0, -22, 64), (0, -18.5, 76), 4, 4.2), 5)
+    d = smooth_cut(d, ellipsoid(p, (6.0, -22.8, 70.0), (3.2, 3.2, 5.5)), 3)
     # Lids lie on the eyeball.
-    d = u(d, ellipsoid(p, tuple(EYE_CENTRE), (LID_RADIUS,) * 3), 4.5)
-    d = u(d, capsule(p, (17.0, 20.3, 43.5), (22, 21, 46), 2.0, 2.0), 4)
+    d = u(d, ellipsoid(p, tuple(EYE_CENTRE), (LID_RADIUS,) * 3), 5.5)
+    d = u(d, capsule(p, (16.8, 20.0, 43.0), (22, 21, 46), 1.8, 2.0), 5)
     # Lips, philtrum, fold below the lower lip.
-    d = smooth_cut(d, capsule(p, (0, -27, 72.5), (0, -37, 73.5), 3.0, 3.5), 4)
-    d = u(d, capsule(p, (0, -42.3, 65.2), (7, -41.3, 65.3), 4.2, 4.3), 4)
-    d = u(d, capsule(p, (7, -41.3, 65.3), (25, -45.0, 53.5), 4.3, 1.6), 4)
-    d = u(d, capsule(p, (0, -51.2, 63.8), (10, -50.8, 63.0), 5.2, 5.0), 4)
-    d = u(d, capsule(p, (10, -50.8, 63.0), (25, -46.4, 53.0), 5.0, 1.6), 4)
-    d = smooth_cut(d, ellipsoid(p, (0, -62.5, 71), (17, 5, 9)), 7)
-    return u(d, _ear(p), 4)
+    d = smooth_cut(d, capsule(p, (0, -27, 72.8), (0, -37, 73.8), 3.0, 3.5), 5)
+    upper = u(
+        capsule(p, (0, -41.2, 65.2), (7, -40.3, 65.3), 5.2, 5.4),
+        capsule(p, (7, -40.3, 65.3), (27.0, -45.0, 51.0), 5.4, 2.6),
+        4,
+    )
+    lower = u(
+        capsule(p, (0, -52.4, 63.4), (10, -51.8, 62.4), 6.4, 6.2),
+        capsule(p, (10, -51.8, 62.4), (27.0, -46.6, 50.6), 6.2, 2.6),
+        4,
+    )
+    d = u(d, u(upper, lower, 0.8), 5)
+    d = smooth_cut(d, ellipsoid(p, (0, -63.0, 71), (20, 5, 9)), 9)
+    return u(d, ear_distance(p), 4)
 
 
-def raycast(directions: Array, offset: float = 0.0, start: float = 290.0) -> Array:
-    """Outermost points of the skin along unit directions (N,3) from CENTRE; offset thickens it (mm)."""
-    t = np.full(len(directions), start)
-    for step in range(70):
-        # The blends shorten distances, the ellipsoids are only near-exact: under-relax at first.
-        t = t - (0.75 if step < 60 else 0.9) * (head_distance(CENTRE + t[:, None] * directions) - offset)
-    return CENTRE + t[:, None] * directions
+def rays(directions: Array) -> tuple[Array, Array]:
+    """Origins and unit directions (N,3) of the rays that belong to directions on the sphere around CENTRE.
+
+    Rays start at CENTRE; below the chin their origin slides down the neck while they flatten, so that they
+    meet the neck squarely instead of grazing it.
+    """
+    d = directions
+    lat = np.arcsin(np.clip(d[:, 1], -1.0, 1.0))
+    t = np.clip((np.radians(-38.0) - lat) / np.radians(47.0), 0.0, 1.0) ** 1.25
+    origin = CENTRE + t[:, None] * np.array([0.0, -180.0, -10.0])
+    new = lat * (1 - t) + np.radians(-8.0) * t
+    flat = d[:, [0, 2]] / np.maximum(np.hypot(d[:, 0], d[:, 2]), 1e-9)[:, None]
+    turned = np.stack([np.cos(new) * flat[:, 0], np.sin(new), np.cos(new) * flat[:, 1]], -1)
+    return origin, np.where((t > 0)[:, None], turned, d)
+
+
+def raycast(directions: Array, offset: float = 0.0, steps: int = 64) -> Array:
+    """Outermost points of the skin (N,3) along the rays of directions (N,3); offset thickens it (mm)."""
+    origin, d = rays(directions)
+    t = np.full(len(directions), 175.0)
+    for _ in range(steps):
+        # The ellipsoid distances are only near-exact: under-relax.
+        t = t - 0.8 * (head_distance(origin + t[:, None] * d) - offset)
+    return origin + t[:, None] * d
 
 
 def normals(points: Array, h: float = 0.35) -> Array:
     """Unit outward gradient of the distance at points (N,3)."""
-    g = np.stack(
-        [head_distance(points + e) - head_distance(points - e) for e in np.eye(3) * h], -1
-    )
+    g = np.stack([head_distance(points + e) - head_distance(points - e) for e in np.eye(3) * h], -1)
     return g / np.maximum(np.linalg.norm(g, axis=-1, keepdims=True), 1e-12)
 
 
