@@ -155,6 +155,8 @@ def render_gaussians(
         raise ValueError("means, quats, scales, opacities and sh differ in dtype or device")
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"splats are {means.dtype}, expected float32 or float64")
+    if chosen == "gsplat" and means.dtype != torch.float32:
+        raise ValueError(f"splats are {means.dtype}, gsplat renders float32")
     backdrop = torch.as_tensor(background, dtype=means.dtype, device=means.device).detach()
     backdrop = backdrop.expand(batch, 3)
     if count == 0 or batch == 0:

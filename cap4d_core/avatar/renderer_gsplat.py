@@ -7,6 +7,9 @@ in `renderer`.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,24 @@ from cap4d_core.errors import UserError
 def is_installed() -> bool:
     """Whether gsplat can be found (its kernels are compiled on first use)."""
     return importlib.util.find_spec("gsplat") is not None
+
+
+@lru_cache(maxsize=1)
+def _load_rasterization() -> Callable[..., tuple[Tensor, Tensor, dict[str, Any]]]:
+    """The renderer of gsplat with its kernels loaded (and compiled, if no build of them exists)."""
+    try:
+        from gsplat import rasterization
+        from gsplat.cuda._backend import _C as kernels
+    except (ImportError, OSError, RuntimeError) as error:
+        problem = str(error)
+    else:
+        if kernels is not None:
+            return rasterization
+        problem = "no compiled kernels, and no CUDA toolkit (nvcc) to compile them"
+    raise UserError(
+        f"gsplat cannot be used: {problem}. Install gsplat>=1.5.3 built for torch "
+        f"{torch.__version__}, or a CUDA toolkit, or set the renderer to 'torch' (slow)."
+    )
 
 
 def _exposed_means2d(projected: Tensor, visible: Tensor) -> Tensor:
@@ -52,13 +73,7 @@ def rasterize(
     Raises:
         UserError: gsplat's kernels cannot be loaded.
     """
-    try:
-        from gsplat import rasterization
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"The Gaussian rasterizer gsplat cannot be imported ({error}); install gsplat>=1.5.3 "
-            "built for this version of torch, or set the renderer to 'cpu'."
-        ) from error
+    rasterization = _load_rasterization()
     colors, alpha, meta = rasterization(
         means,
         quats,

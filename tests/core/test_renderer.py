@@ -391,8 +391,6 @@ def test_auto_on_cuda_needs_gsplat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gsplat_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments, shapes and the gradient of means2d, with a stand-in for the CUDA library."""
-    import gsplat
-
     from cap4d_core.avatar import renderer_gsplat
 
     scene = head_like(20, 2, 16, 12).with_gradients()
@@ -406,7 +404,7 @@ def test_gsplat_call(monkeypatch: pytest.MonkeyPatch) -> None:
         image = points.sum((2, 3))[:, :, None, None, None].expand(2, 1, height, width, 4) * 1.0
         return image, image[..., :1], {"means2d": points, "radii": radii}
 
-    monkeypatch.setattr(gsplat, "rasterization", rasterization)
+    monkeypatch.setattr(renderer_gsplat, "_load_rasterization", lambda: rasterization)
     image, alpha, depth, means2d, radii = renderer_gsplat.rasterize(
         scene.means, scene.quats, scene.scales, scene.opacities.expand(2, 20), scene.sh[None],
         scene.world_to_camera, scene.intrinsics, 16, 12, sh_degree=2,
