@@ -143,7 +143,9 @@ def replace_parameter(
         adam.state[new] = state
 
 
-def _moments(splats: SplatTensors, adam: torch.optim.Optimizer | None, name: str) -> dict[str, Tensor]:
+def _moments(
+    splats: SplatTensors, adam: torch.optim.Optimizer | None, name: str
+) -> dict[str, Tensor]:
     return adam.state.get(getattr(splats, name), {}) if adam is not None else {}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,7 @@ def relative_neck_rotation(rot: Tensor, base_rot: Tensor) -> Tensor:
     return NECK_LIMIT * torch.tanh(relative / NECK_LIMIT)
 
 
-def world_splats(
-    splats: SplatTensors, frames: FaceFrames
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def world_splats(splats: SplatTensors, frames: FaceFrames) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Local to world: means, quaternions, scales and the face scale of each splat, (B, N, ...)."""
     packed = torch.cat(
         [frames.rotation.flatten(-2), frames.quaternion, frames.scale, frames.centre], dim=-1
@@ -287,6 +286,21 @@ class GaussianAvatar(nn.Module):
         if neck_rot is None:
             neck_rot = self.rest_neck.expand(expr.shape[0], 3)
         return self.pose_maps(self.head_maps(expr, eye_rot, neck_rot), with_regularisers)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes avatar.safetensors and avatar.json, see `cap4d_core.avatar.avatar_files`."""
+        from cap4d_core.avatar.avatar_files import save_avatar
+
+        save_avatar(self, folder)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, head_model: HeadModel, device: torch.device | str = "cpu"
+    ) -> GaussianAvatar:
+        """Reads what `save` wrote; the head model must be the one of the fit."""
+        from cap4d_core.avatar.avatar_files import load_avatar
+
+        return load_avatar(folder, head_model, device)
 
 
 def head_template(head: HeadModel) -> HeadTemplate:

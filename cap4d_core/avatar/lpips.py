@@ -10,6 +10,7 @@ Weights come from a file of the user. Layouts understood (told apart by their ke
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -38,11 +39,14 @@ class Lpips(nn.Module):
         blur_pooling: pooling of shift-tolerant LPIPS (blur filters instead of plain max pooling).
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, parity: bool = False, blur_pooling: bool = False) -> None:
         super().__init__()
         widths = [3, *(width for stage in STAGES for width in stage)]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1) for i, o in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(i, o, 3, padding=1) for i, o in itertools.pairwise(widths)
         )
         self.heads = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in TAP_CHANNELS)
         self.blurs = nn.ParameterList(
@@ -184,9 +188,7 @@ def convert_lpips_weights(raw: dict[str, Tensor], path: str | Path) -> dict[str,
         elif found := re.fullmatch(r"(?:lins\.|lin)(\d)\.model\.1\.weight", name):
             converted[f"heads.{found[1]}"] = tensor
     if len(numbered) != sum(map(len, STAGES)):
-        raise InputFileError(
-            path, f"{len(numbered)} VGG16 convolutions", f"13, as part of {WHAT}"
-        )
+        raise InputFileError(path, f"{len(numbered)} VGG16 convolutions", f"13, as part of {WHAT}")
     for index, key in enumerate(sorted(numbered)):
         name = numbered[key]
         converted[f"convolutions.{index}.weight"] = raw[name]

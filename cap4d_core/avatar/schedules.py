@@ -53,9 +53,7 @@ def lpips_share(iteration: int, settings: FittingSettings) -> float:
     return min((iteration - start) / (end - start) * peak, peak)
 
 
-def loss_weights(
-    iteration: int, settings: FittingSettings, has_lpips: bool = True
-) -> LossWeights:
+def loss_weights(iteration: int, settings: FittingSettings, has_lpips: bool = True) -> LossWeights:
     """Weights of L1, 1-SSIM and LPIPS.
 
     Without LPIPS weights L1 and SSIM keep their full share, so the images go on driving the fit.

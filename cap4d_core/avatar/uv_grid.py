@@ -80,9 +80,7 @@ class UVGrid(nn.Module):
         positions = torch.stack(
             [2 * uvs[:, 0] - 1, 1 - 2 * uvs[:, 1], torch.ones(len(uvs))], dim=-1
         )
-        fragments = rasterize(
-            positions[None], torch.from_numpy(uv_faces), (resolution, resolution)
-        )
+        fragments = rasterize(positions[None], torch.from_numpy(uv_faces), (resolution, resolution))
         face_index = fragments.face_index[0]
         covered = face_index >= 0
         corner_ids = torch.from_numpy(faces)[face_index.clamp(min=0)]
@@ -164,9 +162,7 @@ def grid_triangles(
     return triangles[keep].astype(np.int64)
 
 
-def splats_per_face(
-    vertices: Tensor, faces: Tensor, num_splats: int, min_per_face: int
-) -> Tensor:
+def splats_per_face(vertices: Tensor, faces: Tensor, num_splats: int, min_per_face: int) -> Tensor:
     """Number of splats of each triangle, by its share of the area.
 
     Args:

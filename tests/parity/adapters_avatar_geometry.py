@@ -256,9 +256,7 @@ def check_model_losses(golden: Golden) -> None:
     pins = golden.entry.get("pins", "")
     base = re.search(r"RandomState\((\d+)\+off\)", pins)
     offset = re.search(r"off = (\d+)", pins)
-    random = np.random.RandomState(
-        int(base[1] if base else 27) + int(offset[1] if offset else 0)
-    )
+    random = np.random.RandomState(int(base[1] if base else 27) + int(offset[1] if offset else 0))
     xyz = random.randn(num_splats, 3) * 0.4
     scaling = random.randn(num_splats, 3) * 0.3 - 1
     rotation = random.randn(num_splats, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -92,9 +93,7 @@ def recipe_lpips(seed: int, parity: bool = True) -> Lpips:
     model = Lpips(parity=parity)
     widths = [3, *(w for stage in STAGES for w in stage)]
     with torch.no_grad():
-        for layer, (i, o) in zip(
-            model.convolutions, zip(widths[:-1], widths[1:], strict=True), strict=True
-        ):
+        for layer, (i, o) in zip(model.convolutions, itertools.pairwise(widths), strict=True):
             layer.weight.copy_(tensor(random.randn(o, i, 3, 3) * math.sqrt(2 / (9 * i))))
             layer.bias.copy_(tensor(random.randn(o) * 0.05))
         for head, channels in zip(model.heads, TAP_CHANNELS, strict=True):
@@ -126,9 +125,11 @@ def check_schedules(golden: Golden) -> None:
             weights = schedules.loss_weights(iteration, settings)
             rates = schedules.scheduled_rates(iteration, settings)
             rows.append(
-                [iteration, weights.lpips, weights.l1, weights.ssim]
-                + [rates["xyz"], rates["deform_net"], rates["neck"]]
-                + [schedules.sh_degree_at(iteration, settings)]
+                [
+                    *(iteration, weights.lpips, weights.l1, weights.ssim),
+                    *(rates["xyz"], rates["deform_net"], rates["neck"]),
+                    schedules.sh_degree_at(iteration, settings),
+                ]
             )
         golden.compare(name, np.array(rows), rtol=1e-6)
 
