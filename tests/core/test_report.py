@@ -14,7 +14,7 @@ import pytest
 from cap4d_core.animation.video import VideoWriter
 from cap4d_core.errors import InputFileError
 from cap4d_core.files.images import write_image
-from cap4d_core.report.page import write_report
+from cap4d_core.report.report import write_report
 from cap4d_core.report.thumbnails import (
     contact_sheet,
     data_uri,
@@ -106,7 +106,7 @@ def _complete_subject(results: Path, name: str) -> None:
 
 
 def _report(results: Path, subjects: dict[str, list[str]], **options: object) -> Page:
-    write_report(results, None, subjects, **options)  # type: ignore[arg-type]
+    write_report(results / "index.html", results, subjects, **options)  # type: ignore[arg-type]
     return Page((results / "index.html").read_text("utf-8"))
 
 
@@ -158,7 +158,7 @@ def test_the_results_folder_can_be_moved(tmp_path: Path) -> None:
 def test_subjects_are_found_when_not_named(tmp_path: Path) -> None:
     _complete_subject(tmp_path, "ann")
     (tmp_path / "assets" / "head_model").mkdir(parents=True)
-    write_report(tmp_path, tmp_path / "page.html")
+    write_report(tmp_path / "page.html", tmp_path)
     page = Page((tmp_path / "page.html").read_text("utf-8"))
     assert "1 subject." in page.text and "Animation: talk" in page.text
     assert "assets" not in page.text

@@ -17,8 +17,8 @@ from cap4d_core.report.collect import Collector
 
 
 def write_report(
+    output: str | Path,
     results_dir: str | Path,
-    output: str | Path | None = None,
     subjects: Mapping[str, Sequence[str]] | None = None,
     *,
     failures: Mapping[str, str] | None = None,
@@ -29,8 +29,8 @@ def write_report(
     """Writes the report.
 
     Args:
+        output: the page, e.g. `results/index.html`.
         results_dir: folder with one folder per subject, and `driving/`.
-        output: the page; default `{results_dir}/index.html`.
         subjects: driving sequences of each subject, in the order shown; default: what is found.
             Given, results that ought to be there and are not can be shown as such.
         failures: reason by `subject` or `subject/stage` (tracking, views, avatar, evaluation,
@@ -41,8 +41,7 @@ def write_report(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    results_dir = Path(results_dir)
-    output = results_dir / "index.html" if output is None else Path(output)
+    output, results_dir = Path(output), Path(results_dir)
     subjects = find_subjects(results_dir) if subjects is None else subjects
     collector = Collector(results_dir, output, failures or {})
     anchors = _anchors(list(subjects))
