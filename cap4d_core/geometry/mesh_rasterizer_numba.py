@@ -37,7 +37,8 @@ def rasterize_numba(
     # numba's OpenMP pool is torch's too: left alone, it would start with all cores and leave torch
     # with that number of threads, whatever it was set to.
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    available: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(threads, available))
     # Strips of rows give single pictures to several cores; every pixel is written by one of them,
     # so results do not depend on their number.
     strips = max(1, min(height, -(-numba.get_num_threads() // max(batch, 1))))
