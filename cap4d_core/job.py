@@ -136,7 +136,6 @@ def execute(main: Callable[[Job], None], job: Job) -> int:
     try:
         with _logged_termination():
             lease_for_job(job.num_gpus)
-            _log_versions()
             main(job)
     except UserError as error:
         logger.error("%s", error)
@@ -261,10 +260,9 @@ def _log_header(job: Job) -> None:
     words = [job.rule, *(f"{name}={value}" for name, value in job.wildcards.items())]
     logger.info("%s", " ".join(words))
     logger.info(
-        "cap4d_core %s (%s), Python %s, host %s, pid %d, %d threads",
-        __version__,
+        "%s; package %s, host %s, pid %d, %d threads",
+        ", ".join(f"{name} {number}" for name, number in package_versions().items()),
         Path(__file__).parent,
-        platform.python_version(),
         platform.node(),
         os.getpid(),
         job.threads,
@@ -275,15 +273,15 @@ def _log_header(job: Job) -> None:
         logger.info("SLURM: %s", ", ".join(f"{key} {value}" for key, value in slurm.items()))
 
 
-def _log_versions() -> None:
+def package_versions() -> dict[str, str]:
     """Versions of what decides the numbers; without importing it."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = []
+    found = {"cap4d_core": __version__, "Python": platform.python_version()}
     for package in ("torch", "numpy", "numba", "diffusers", "gsplat"):
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    logger.info("%s", ", ".join(found))
+            found[package] = version(package)
+    return found
 
 
 def _prepare_environment(job: Job) -> None:

@@ -6,9 +6,11 @@ rule animate_avatar:
         avatar=rules.fit_avatar.output.avatar,
         description=rules.fit_avatar.output.description,
         driving=rules.track_driving.output.fit,
+        trajectory=rules.track_driving.output.trajectory,
         head_model=rules.prepare_head_model.output.folder,
     output:
         video="<results>/{subject}/animation/{driving}/renders.mp4",
+        description="<results>/{subject}/animation/{driving}/animation.json",
     log:
         text="<logs>/animate_avatar/{subject}/{driving}.log",
     benchmark:
@@ -22,6 +24,7 @@ rule animate_avatar:
         runtime=120,
     params:
         version=STAGE_VERSIONS["animate_avatar"],
+        lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
         settings=settings("animation"),
     message:
         "{wildcards.subject}: animating with {wildcards.driving}"

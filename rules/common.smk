@@ -85,6 +85,10 @@ def evaluation_files():
     return collect(rules.evaluate_avatar.output, subject=EVALUATED)
 
 
+def drivings_of(subject):
+    return [driving for name, driving in CONFIG.animations if name == subject]
+
+
 # Where inputs come from --------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ rule evaluate_avatar:
         runtime=60,
     params:
         version=STAGE_VERSIONS["evaluate_avatar"],
+        lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
     message:
         "{wildcards.subject}: evaluating the avatar"
     script:

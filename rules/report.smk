@@ -21,6 +21,9 @@ rule write_report:
         runtime=10,
     params:
         version=STAGE_VERSIONS["write_report"],
+        results=RESULTS,
+        animations={name: drivings_of(name) for name in SUBJECTS},
+        configuration=CONFIG.settings.model_dump(mode="json"),
     message:
         "Writing the report"
     script:

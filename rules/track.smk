@@ -5,9 +5,11 @@ rule track_subject:
     input:
         fit=subject_fit,
         references=subject_references,
+        head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/{subject}/tracking/fit.npz",
         references="<results>/{subject}/tracking/reference_images.json",
+        quality="<results>/{subject}/tracking/quality.json",
     log:
         text="<logs>/track_subject/{subject}.log",
     benchmark:
@@ -31,8 +33,11 @@ rule track_driving:
     input:
         fit=driving_fit,
         trajectory=driving_trajectory,
+        head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/driving/{driving}/fit.npz",
+        trajectory="<results>/driving/{driving}/trajectory.npz",
+        quality="<results>/driving/{driving}/quality.json",
     log:
         text="<logs>/track_driving/{driving}.log",
     benchmark:

@@ -6,15 +6,15 @@ from cap4d_core.job import Job, run
 def main(job: Job) -> None:
     from cap4d_core.animation.driver import animate
     from cap4d_core.avatar.gaussians import GaussianAvatar
+    from cap4d_core.files.tracking import read_fit, read_trajectory
     from cap4d_core.flame.model import HeadModel
     from cap4d_core.settings import AnimationSettings
-    from cap4d_core.tracking.precomputed import read_driving
 
-    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=True)
+    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=job.params["lower_jaw"])
     animate(
         GaussianAvatar.load(job.input_file("avatar").parent, head_model, job.device),
         head_model,
-        read_driving(job.input_file("driving").parent),
+        (read_fit(job.input_file("driving")), read_trajectory(job.input_file("trajectory"))),
         AnimationSettings(**job.params["settings"]),
         job.output_file("video").parent,
         callback=job.progress("frames"),

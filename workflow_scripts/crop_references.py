@@ -12,6 +12,7 @@ def main(job: Job) -> None:
         job.input_file("head_model"),
         job.output_file("index").parent,
         SamplingSettings(**job.params["settings"]),
+        callback=job.progress("references"),
     )
 
 

@@ -16,6 +16,7 @@ def main(job: Job) -> None:
         index,
         SamplingSettings(**job.params["settings"]),
         job.device,
+        callback=job.progress("views"),
     )
 
 

@@ -14,6 +14,7 @@ def main(job: Job) -> None:
         job.output_file("index").parent,
         SamplingSettings(**job.params["settings"]),
         job.device,
+        callback=job.progress("references"),
     )
 
 

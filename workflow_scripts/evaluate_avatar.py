@@ -8,7 +8,7 @@ def main(job: Job) -> None:
     from cap4d_core.evaluation.evaluate import evaluate_avatar
     from cap4d_core.flame.model import HeadModel
 
-    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=True)
+    head_model = HeadModel.load(job.input_file("head_model"), lower_jaw=job.params["lower_jaw"])
     evaluate_avatar(
         GaussianAvatar.load(job.input_file("avatar").parent, head_model, job.device),
         head_model,

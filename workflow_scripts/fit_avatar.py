@@ -5,12 +5,20 @@ from cap4d_core.job import Job, run
 
 def main(job: Job) -> None:
     from cap4d_core.avatar.fitting import fit_avatar
+    from cap4d_core.files.image_set import read_image_index
     from cap4d_core.flame.model import HeadModel
     from cap4d_core.settings import FittingSettings
 
     settings = FittingSettings(**job.params["settings"])
+    pictures = "crops" if settings.reference_images == "original" else "images"
+    references = read_image_index(job.input_file("references"), images=pictures)
+    generated = [
+        item
+        for index in job.input_files("generated")  # one per shard, in index/ of the image set
+        for item in read_image_index(index, index.parent.parent)
+    ]
     fit_avatar(
-        job.input_files("references") + job.input_files("generated"),
+        [references, sorted(generated, key=lambda item: item.image.name)],
         HeadModel.load(job.input_file("head_model"), lower_jaw=settings.use_lower_jaw),
         settings,
         job.output_file("avatar").parent,

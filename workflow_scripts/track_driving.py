@@ -15,6 +15,7 @@ def main(job: Job) -> None:
         job.params["start_frame"],
         job.params["num_frames"],
         TrackingSettings(**job.params["settings"]),
+        job.input_file("head_model"),
     )
 
 

@@ -11,6 +11,8 @@ def main(job: Job) -> None:
         job.input_file("fit").parent,
         job.output_file("fit").parent,
         TrackingSettings(**job.params["settings"]),
+        job.input_file("head_model"),
+        callback=job.progress("references"),
     )
 
 

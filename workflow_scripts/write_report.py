@@ -1,12 +1,19 @@
 """Rule write_report: one page with all subjects, animations and figures."""
 
-from cap4d_core.job import Job, run
+from cap4d_core.job import Job, package_versions, run
 
 
 def main(job: Job) -> None:
-    from cap4d_core.report.page import write_report
+    from cap4d_core.report.report import write_report
 
-    write_report(job.output_file("page").parent)
+    page = job.output_file("page")
+    write_report(
+        page,
+        job.params["results"],
+        job.params["animations"],
+        settings=job.params["configuration"],
+        versions=package_versions(),
+    )
 
 
 if __name__ == "__main__":

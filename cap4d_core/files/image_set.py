@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cap4d_core.errors import InputFileError
-from cap4d_core.files.basic import read_npz, take_array, write_npz
+from cap4d_core.files.basic import read_json, read_npz, take_array, write_npz
 from cap4d_core.files.tracking import (
     NUM_EXPRESSION,
     NUM_SHAPE,
@@ -133,3 +133,42 @@ def read_image_set(folder: str | Path) -> list[ImageSetItem]:
         ImageSetItem(image, read_view_parameters(file), mattes[i] if mattes else None)
         for i, (image, file) in enumerate(zip(images, parameters, strict=True))
     ]
+
+
+def read_image_index(
+    index: str | Path, folder: str | Path | None = None, images: str = "images"
+) -> list[ImageSetItem]:
+    """Reads the views that an index file lists, in the order of their names.
+
+    Unlike `read_image_set` this leaves out files of an earlier run that still lie in the folder.
+
+    Args:
+        index: `index.json` of an image set, or of one shard of it: `files` maps names relative to
+            `folder` to their SHA-256.
+        folder: of the image set; default: the one of the index file.
+        images: which pictures to take: `images`, or `crops` where they are listed.
+
+    Raises:
+        InputFileError: no index file, or a listed file is gone.
+    """
+    index = Path(index)
+    folder = index.parent if folder is None else Path(folder)
+    content = read_json(index, "an index of images")
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise InputFileError(index, "no 'files'", "an index of images", "Delete it and run again.")
+    listed = sorted(name for name in content["files"] if name.startswith(f"{images}/"))
+    if not listed and images != "images":
+        return read_image_index(index, folder)
+    items = []
+    for name in listed:
+        parameters = folder / "flame" / f"{Path(name).stem}.npz"
+        for path in (folder / name, parameters):
+            if not path.is_file():
+                raise InputFileError(
+                    path,
+                    "nothing there",
+                    f"a file listed in {index}",
+                    f"Delete {index} and run the workflow again.",
+                )
+        items.append(ImageSetItem(folder / name, read_view_parameters(parameters)))
+    return items
