@@ -21,7 +21,7 @@ _MARGIN = 2
 
 
 def contact_sheet(images: Sequence[Uint8Array], tile: int = 128, columns: int = 0) -> Uint8Array:
-    """Images (H, W, 3) side by side in rows, each scaled to tile x tile, on white.
+    """Images (H, W, 3) side by side in rows, each scaled to tile x tile, on grey.
 
     Args:
         images: at least one.
@@ -32,7 +32,7 @@ def contact_sheet(images: Sequence[Uint8Array], tile: int = 128, columns: int = 
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     step = tile + _MARGIN
-    sheet = np.full((rows * step - _MARGIN, columns * step - _MARGIN, 3), 255, np.uint8)
+    sheet = np.full((rows * step - _MARGIN, columns * step - _MARGIN, 3), 200, np.uint8)
     for i, image in enumerate(images):
         method = cv2.INTER_AREA if image.shape[0] > tile else cv2.INTER_NEAREST
         y, x = divmod(i, columns)

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 def fingerprint(content: Mapping[str, Any]) -> str:
     """SHA-256 of plain JSON content, independent of key order."""
-    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()
+    text = json.dumps(dict(content), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SamplingCheckpoint:

@@ -265,8 +265,8 @@ def make_plan(
             expression_rows = gaze_rows = given.expression_rows[rows]
             if not 0 <= expression_rows.min() <= expression_rows.max() < len(source.expr):
                 raise UserError(
-                    f"{settings.plan}: expression_row out of range; {generation_data} has rows 0 to "
-                    f"{len(source.expr) - 1}."
+                    f"{settings.plan}: expression_row out of range; {generation_data} has rows 0 "
+                    f"to {len(source.expr) - 1}."
                 )
         else:
             expression_rows, gaze_rows = choose_rows(

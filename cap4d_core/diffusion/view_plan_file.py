@@ -96,7 +96,10 @@ def _unpack(
         ViewParameters(
             shape=shape,
             **{name: array[i] for name, array in vectors.items()},
-            **{name: float(array[i]) for name, array in intrinsics.items()},
+            fx=float(intrinsics["fx"][i]),
+            fy=float(intrinsics["fy"][i]),
+            cx=float(intrinsics["cx"][i]),
+            cy=float(intrinsics["cy"][i]),
             extr=extr[i],
             resolution=(resolution[i][0], resolution[i][1]),
             crop_box=(boxes[i][0], boxes[i][1], boxes[i][2], boxes[i][3]),
