@@ -156,16 +156,17 @@ def blend(
 
 
 @njit(**_KERNEL)
-def _blend_splat_backward(record, box, left, top, index, pixels, out):
+def _blend_splat_backward(rank, records, boxes, left, top, index, pixels, slot, slot_gradients):
     """Gradients of one splat in one tile to its record, going back to front."""
     real = pixels.dtype.type
     zero, half, one = real(0.0), real(0.5), real(1.0)
     alpha_min, alpha_max = real(1.0 / 255.0), real(0.999)
-    u, v, xx, xy, yy, opacity = record[0], record[1], record[2], record[3], record[4], record[5]
-    red, green, blue, depth = record[6], record[7], record[8], record[9]
-    x0 = (max(box[0] - left, 0) // _LANES) * _LANES
-    span = -(-(min(box[1] - left, TILE) - x0) // _LANES) * _LANES
-    y0, y1 = max(box[2] - top, 0), min(box[3] - top, TILE)
+    u, v, opacity, depth = records[rank, 0], records[rank, 1], records[rank, 5], records[rank, 9]
+    xx, xy, yy = records[rank, 2], records[rank, 3], records[rank, 4]
+    red, green, blue = records[rank, 6], records[rank, 7], records[rank, 8]
+    x0 = (max(boxes[rank, 0] - left, 0) // _LANES) * _LANES
+    span = -(-(min(boxes[rank, 1] - left, TILE) - x0) // _LANES) * _LANES
+    y0, y1 = max(boxes[rank, 2] - top, 0), min(boxes[rank, 3] - top, TILE)
     g_red = g_green = g_blue = g_depth = zero
     m0 = mx = my = mxx = mxy = myy = zero  # moments of d(loss)/d(sigma)
     for row in range(y0, y1):
@@ -208,13 +209,16 @@ def _blend_splat_backward(record, box, left, top, index, pixels, out):
         my += dy * r0
         mxy += dy * r1
         myy += dy * dy * r0
-    out[0] = -(xx * mx + xy * my)
-    out[1] = -(xy * mx + yy * my)
-    out[2] = half * mxx
-    out[3] = mxy
-    out[4] = half * myy
-    out[5] = -m0 / opacity
-    out[6], out[7], out[8], out[9] = g_red, g_green, g_blue, g_depth
+    slot_gradients[slot, 0] = -(xx * mx + xy * my)
+    slot_gradients[slot, 1] = -(xy * mx + yy * my)
+    slot_gradients[slot, 2] = half * mxx
+    slot_gradients[slot, 3] = mxy
+    slot_gradients[slot, 4] = half * myy
+    slot_gradients[slot, 5] = -m0 / opacity
+    slot_gradients[slot, 6] = g_red
+    slot_gradients[slot, 7] = g_green
+    slot_gradients[slot, 8] = g_blue
+    slot_gradients[slot, 9] = g_depth
 
 
 @njit(**_KERNEL)
@@ -256,15 +260,15 @@ def blend_backward(
                     - v_alpha[b, y, x]
                 )
         start = tile_starts[b, tile]
+        view_records, view_boxes = records[b], boxes[b]
         for e in range(last_used - 1, -1, -1):
             rank = tile_lists[start + e]
-            box = boxes[b, rank]
-            first_x, first_y = box[0] // TILE, box[2] // TILE
-            across = (box[1] - 1) // TILE + 1 - first_x
+            first_x, first_y = boxes[b, rank, 0] // TILE, boxes[b, rank, 2] // TILE
+            across = (boxes[b, rank, 1] - 1) // TILE + 1 - first_x
             slot = slots[b, rank] + (tile_y - first_y) * across + (tile_x - first_x)
             _blend_splat_backward(
-                records[b, rank], box, left, top, real(e + 1), pixels,
-                slot_gradients[slot_starts[b] + slot],
+                rank, view_records, view_boxes, left, top, real(e + 1), pixels,
+                slot_starts[b] + slot, slot_gradients,
             )  # fmt: skip
 
 
