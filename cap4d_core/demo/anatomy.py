@@ -1,9 +1,9 @@
 """The sculpted head as a signed distance function.
 
-Conventions: millimetres, +x towards the subject's left, +y up, +z out of the face; mirror symmetric in x.
-Negative inside. The head is a smooth union of some forty ellipsoids and tapered capsules placed at
-anthropometric averages (head height 225, width 152, length 194, pupil distance 64). Everything here is
-analytic and written for this project; no scan, no statistical face model enters.
+Conventions: millimetres, +x towards the subject's left, +y up, +z out of the face; mirror symmetric
+in x. Negative inside. The head is a smooth union of some forty ellipsoids and tapered capsules
+placed at anthropometric averages (head height 225, width 152, length 194, pupil distance 64).
+Everything here is analytic and written for this project; no scan, no statistical face model enters.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def capsule(
 
 
 def ear_distance(p: Array) -> Array:
-    """Distance to a shell-shaped ear, flared backwards, with helix rim, antihelix, concha and lobe."""
+    """Distance to an ear, flared backwards, with helix, antihelix, concha and lobe."""
     c, s = np.cos(0.38), np.sin(0.38)
     q = p * np.where(p[:, :1] < 0, [-1.0, 1, 1], 1.0) - EAR_CENTRE
     # Turn about y so that the back edge of the ear stands off the skull; lean the top backwards.
@@ -82,7 +82,7 @@ def ear_distance(p: Array) -> Array:
 
 
 def head_distance(points: Array) -> Array:
-    """Signed distance (approximate, mm) of points (N,3) to the skin; both halves are mirror images."""
+    """Signed distance (approximate, mm) of points (N,3) to the mirror-symmetric skin."""
     p = points.copy()
     p[:, 0] = np.sqrt(p[:, 0] ** 2 + 0.09)  # a soft |x| keeps the midline free of creases
     u = smooth_union
@@ -119,12 +119,12 @@ def head_distance(points: Array) -> Array:
     d = smooth_cut(d, capsule(p, (0, -27, 72.8), (0, -37, 73.8), 3.0, 3.5), 5)
     upper = u(
         capsule(p, (0, -41.2, 65.2), (7, -40.3, 65.3), 5.2, 5.4),
-        capsule(p, (7, -40.3, 65.3), (27.0, -45.0, 51.0), 5.4, 2.6),
+        capsule(p, (7, -40.3, 65.3), (27.0, -43.9, 51.0), 5.4, 2.6),
         4,
     )
     lower = u(
         capsule(p, (0, -52.4, 63.4), (10, -51.8, 62.4), 6.4, 6.2),
-        capsule(p, (10, -51.8, 62.4), (27.0, -46.6, 50.6), 6.2, 2.6),
+        capsule(p, (10, -51.8, 62.4), (27.0, -45.3, 50.6), 6.2, 2.6),
         4,
     )
     d = u(d, u(upper, lower, 0.8), 5)
@@ -133,10 +133,10 @@ def head_distance(points: Array) -> Array:
 
 
 def rays(directions: Array) -> tuple[Array, Array]:
-    """Origins and unit directions (N,3) of the rays that belong to directions on the sphere around CENTRE.
+    """Origins and unit directions (N,3) of the rays of directions on the sphere around CENTRE.
 
-    Rays start at CENTRE; below the chin their origin slides down the neck while they flatten, so that they
-    meet the neck squarely instead of grazing it.
+    Rays start at CENTRE; below the chin their origin slides down the neck while they flatten, so
+    that they meet the neck squarely instead of grazing it.
     """
     d = directions
     lat = np.arcsin(np.clip(d[:, 1], -1.0, 1.0))
@@ -149,7 +149,7 @@ def rays(directions: Array) -> tuple[Array, Array]:
 
 
 def raycast(directions: Array, offset: float = 0.0, steps: int = 64) -> Array:
-    """Outermost points of the skin (N,3) along the rays of directions (N,3); offset thickens it (mm)."""
+    """Outermost skin points (N,3) on the rays of directions (N,3); offset thickens it (mm)."""
     origin, d = rays(directions)
     t = np.full(len(directions), 175.0)
     for _ in range(steps):

@@ -1,13 +1,16 @@
 """The UV atlas of the demo head and the template meshes that carry it.
 
-Conventions: (u, v) in [0, 1]^2, v up, every non-degenerate triangle counter-clockwise, no overlaps. Skin is cut
-open from the nape to the crown and flattened by a convex-combination map (Tutte 1963; Floater 1997): with
-positive weights and a convex border no triangle can flip, whatever the weights, so they are free to give the
-face the lion's share of the area. Eyeballs and mouth half-spheres are discs in a strip above.
+Conventions: (u, v) in [0, 1]^2, v up, every non-degenerate triangle counter-clockwise, no overlaps.
+Skin is cut
+open from the nape to the crown and flattened by a convex-combination map (Tutte 1963; Floater
+1997): with positive weights and a convex border no triangle can flip, whatever the weights, so they
+are free to give the face the lion's share of the area. Eyeballs and mouth half-spheres are discs in
+a strip above.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +33,13 @@ DISC_CENTRES = {
     "mouth_lower": (0.795, 0.898),
 }
 # Stretch of the middle of the chart: (from, to, gain).
-WIDEN_U = (0.30, 0.70, 2.0)
-WIDEN_V = (0.14, 0.66, 1.7)
+WIDEN_U = (0.30, 0.70, 3.0)
+WIDEN_V = (0.16, 0.64, 2.3)
 NUM_MOUTH = 200
 
 
 def _widen(t: Array, low: float, high: float, gain: float) -> Array:
-    """A monotone map of [0,1] onto itself that is about `gain` times steeper between low and high."""
+    """A monotone map of [0,1] onto itself, about `gain` times steeper from low to high."""
     x = np.linspace(0.0, 1.0, 401)
     slope = 1.0 + (gain - 1.0) * basis.smoothstep(x, low - 0.12, low + 0.08) * (
         1 - basis.smoothstep(x, high - 0.08, high + 0.12)
@@ -68,7 +71,8 @@ def _cut(skin: topology.Skin) -> tuple[Ints, Ints, list[int]]:
     """Cut from the nape to the crown.
 
     Returns:
-        faces on the cut mesh, the original vertex of every cut-mesh vertex, the seam path (nape first).
+        faces on the cut mesh, the original vertex of every cut-mesh vertex, the seam path (nape
+        first).
     """
     v, f = skin.vertices, skin.faces
     n = len(v)
@@ -87,26 +91,18 @@ def _cut(skin: topology.Skin) -> tuple[Ints, Ints, list[int]]:
     # Triangles left of the path get copies of its vertices. Walk the fan around each path vertex.
     faces = f.copy()
     origin = list(range(n))
-    around: dict[int, list[int]] = {p: [] for p in path}
-    for t, tri in enumerate(f):
-        for p in tri:
-            if int(p) in around:
-                around[int(p)].append(t)
     half = {
         (int(a), int(b)): t
         for t, tri in enumerate(f)
         for a, b in zip(tri, np.roll(tri, -1), strict=True)
     }
-    on_path = set(zip(path[:-1], path[1:], strict=True)) | set(
-        zip(path[1:], path[:-1], strict=True)
-    )
+    on_path = set(pairwise(path)) | set(pairwise(path[::-1]))
     for i, p in enumerate(path[:-1]):
         copy = len(origin)
         origin.append(p)
         nxt = path[i + 1]
-        t = half.get(
-            (p, nxt)
-        )  # the triangle that has the path edge in its own direction: left side
+        # Left of the path is the triangle that has the path's edge in its own direction.
+        t: int | None = half.get((p, nxt))
         edge = (p, nxt)
         while t is not None:
             tri = f[t].tolist()
@@ -163,7 +159,7 @@ def skin_uv(skin: topology.Skin) -> Array:
 
 
 def _convex_map(faces: Ints, p: Array, fixed: NDArray[np.bool_], uv: Array) -> Array:
-    """Free vertices at positive combinations of their neighbours, tuned towards equal edge length ratios."""
+    """Free vertices at positive combinations of neighbours, towards equal length ratios."""
     n = len(p)
     e = np.unique(
         np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1), axis=0
@@ -186,9 +182,10 @@ def _convex_map(faces: Ints, p: Array, fixed: NDArray[np.bool_], uv: Array) -> A
 
 
 def mouth_half_sphere(lip: Array, jaw: Array, pitch: float = 0.0) -> tuple[Array, Ints, Array]:
-    """The half-sphere of a mouth: vertices (200,3), faces (340,3), corners (340,3,2) in the unit disc.
+    """Half-sphere of a mouth: vertices (200,3), faces (340,3), unit-disc corners (340,3,2).
 
-    Placed by the lower lip vertex and the jaw joint (same units as the input), turned about the jaw by pitch.
+    Placed by the lower lip vertex and the jaw joint (same units as the input), turned about the jaw
+    by pitch.
     """
     lat = np.linspace(-np.pi / 2, np.pi / 2, 20)[:10]
     lon = np.linspace(0, 2 * np.pi, 20)

@@ -1,8 +1,9 @@
 """Meshes that are not part of the head model but move with it: mouth interior, hair, clothing.
 
-Conventions: metres, the rest pose of the unshaped head; triangles counter-clockwise from outside, both sides
-are drawn. A vertex follows a weighted set of three skin vertices: their change by identity always, their change
-by expression if `follows`, and the jaw's rotation if `on_jaw`.
+Conventions: metres, the rest pose of the unshaped head; triangles counter-clockwise from outside,
+both sides
+are drawn. A vertex follows a weighted set of three skin vertices: their change by identity always,
+their change by expression if `follows`, and the jaw's rotation if `on_jaw`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def bind(points: Array, skin: Array) -> tuple[Ints, Array]:
 
 
 def grid_faces(rows: int, cols: int, closed: bool) -> Ints:
-    """Triangles of a rows x cols grid of vertices (row major), rows going down, columns to +x in front."""
+    """Triangles of a row-major grid of vertices; rows go down, columns to +x in front."""
     c = np.arange(cols if closed else cols - 1)
     r = np.arange(rows - 1)
     rr, cc = np.meshgrid(r, c, indexing="ij")
@@ -87,7 +88,8 @@ def mouth_interior(skin: Array, jaw_unit_ids: Ints, tooth: Array, gum: Array) ->
     Args:
         skin: (V,3) rest vertices in metres.
         jaw_unit_ids: three skin vertices that carry the mouth's identity (lip centre and corners).
-        tooth: (3,) albedo of the teeth. gum: (3,) albedo of the gums.
+        tooth: (3,) albedo of the teeth.
+        gum: (3,) albedo of the gums.
     """
     out: list[Attachment] = []
     cols = 85
@@ -146,9 +148,15 @@ def _piece(
 ) -> Attachment:
     n = len(p_mm)
     return Attachment(
-        1e-3 * p_mm, faces, colors, material, np.tile(ids, (n, 1)), np.full((n, 3), 1 / 3), False,
+        1e-3 * p_mm,
+        faces,
+        colors,
+        material,
+        np.tile(ids, (n, 1)),
+        np.full((n, 3), 1 / 3),
+        False,
         np.full(n, on_jaw),
-    )  # fmt: skip
+    )
 
 
 def collar(

@@ -1,8 +1,8 @@
 """Deformation bases of the demo head: identity, expression, blink, pose correctives, skinning.
 
-Conventions: millimetres and the frame of `anatomy`; all functions take points of the undeformed head (N,3) and
-return displacements (N,3). A coefficient of 1 is one standard deviation (identity) or a clear but everyday
-expression (expression units; most are one-sided, natural range 0 to 2).
+Conventions: millimetres and the frame of `anatomy`; all functions take points of the undeformed
+head (N,3) and return displacements (N,3). A coefficient of 1 is one standard deviation (identity)
+or a clear but everyday expression (expression units; most are one-sided, natural range 0 to 2).
 """
 
 from __future__ import annotations
@@ -30,11 +30,36 @@ JOINTS = np.array(
 JAW_ANGLE_PER_UNIT = 0.11
 
 EXPRESSION_UNITS = (
-    "jaw_open", "smile", "frown", "pucker", "stretch", "press", "brow_raise", "brow_lower", "brow_inner_raise",
-    "brow_raise_left", "brow_raise_right", "cheek_puff", "sneer", "squint", "eyes_wide", "mouth_left",
-    "jaw_left", "upper_lip_raise", "lower_lip_drop", "smile_left", "smile_right", "pout", "chin_raise",
-    "jaw_forward", "nostril_flare", "cheek_suck", "lips_part", "blink_left", "blink_right",
-)  # fmt: skip
+    "jaw_open",
+    "smile",
+    "frown",
+    "pucker",
+    "stretch",
+    "press",
+    "brow_raise",
+    "brow_lower",
+    "brow_inner_raise",
+    "brow_raise_left",
+    "brow_raise_right",
+    "cheek_puff",
+    "sneer",
+    "squint",
+    "eyes_wide",
+    "mouth_left",
+    "jaw_left",
+    "upper_lip_raise",
+    "lower_lip_drop",
+    "smile_left",
+    "smile_right",
+    "pout",
+    "chin_raise",
+    "jaw_forward",
+    "nostril_flare",
+    "cheek_suck",
+    "lips_part",
+    "blink_left",
+    "blink_right",
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +75,17 @@ class Points:
 
     @property
     def x(self) -> Array:
+        """(V,) mm."""
         return self.p[:, 0]
 
     @property
     def y(self) -> Array:
+        """(V,) mm."""
         return self.p[:, 1]
 
     @property
     def z(self) -> Array:
+        """(V,) mm."""
         return self.p[:, 2]
 
 
@@ -162,8 +190,9 @@ def _eye_local(p: Array, side: float) -> Array:
 def lid_motion(pts: Points, side: float, upper: float, lower: float) -> Array:
     """Displacement that slides lids over the eyeball; upper = lower = 1 closes the eye.
 
-    Upper lids close 78 %, lower lids 22 % of the opening. Negative values open wider. Every vertex turns about
-    the axis through the corners of the eye by an angle that depends on its distance from the rim, which the
+    Upper lids close 78 %, lower lids 22 % of the opening. Negative values open wider. Every vertex
+    turns about the axis through the corners of the eye by an angle that depends on its distance
+    from the rim, which the
     loop of lid vertices itself defines: the two rims meet exactly.
     """
     q = _eye_local(pts.p, side)
@@ -291,7 +320,7 @@ def expression_units(pts: Points) -> dict[str, Array]:
     u["lips_part"] = axis(up, 0, 1.6, 0.2) + axis(low, 0, -2.2, 0.2)
     u["blink_left"] = lid_motion(pts, 1.0, 1.0, 1.0)
     u["blink_right"] = lid_motion(pts, -1.0, 1.0, 1.0)
-    return u
+    return {name: field * pts.skin[:, None] for name, field in u.items()}
 
 
 def random_fields(
@@ -339,13 +368,47 @@ def _lid_free(pts: Points) -> Array:
 # --- identity -------------------------------------------------------------------------------------
 
 SHAPE_UNITS = (
-    "size", "face_width", "face_length", "skull_height", "skull_width", "skull_depth", "jaw_width", "chin_length",
-    "chin_forward", "chin_width", "cheekbones", "cheek_fullness", "nose_length", "nose_width", "nose_forward",
-    "bridge_height", "bridge_width", "tip_up", "hump", "eye_distance", "eye_height", "eye_size", "eye_slant",
-    "brow_height", "brow_ridge", "forehead_slope", "temples", "upper_lip", "lower_lip", "mouth_width",
-    "mouth_height", "mouth_forward", "jaw_angle", "ear_size", "ear_flare", "neck_width", "under_eye", "folds",
-    "tip_size", "chin_cleft",
-)  # fmt: skip
+    "size",
+    "face_width",
+    "face_length",
+    "skull_height",
+    "skull_width",
+    "skull_depth",
+    "jaw_width",
+    "chin_length",
+    "chin_forward",
+    "chin_width",
+    "cheekbones",
+    "cheek_fullness",
+    "nose_length",
+    "nose_width",
+    "nose_forward",
+    "bridge_height",
+    "bridge_width",
+    "tip_up",
+    "hump",
+    "eye_distance",
+    "eye_height",
+    "eye_size",
+    "eye_slant",
+    "brow_height",
+    "brow_ridge",
+    "forehead_slope",
+    "temples",
+    "upper_lip",
+    "lower_lip",
+    "mouth_width",
+    "mouth_height",
+    "mouth_forward",
+    "jaw_angle",
+    "ear_size",
+    "ear_flare",
+    "neck_width",
+    "under_eye",
+    "folds",
+    "tip_size",
+    "chin_cleft",
+)
 
 
 def _shape_fields(p: Array, pts: Points | None) -> dict[str, Array]:
@@ -486,8 +549,9 @@ def skin_weights(pts: Points) -> Array:
 def pose_basis(pts: Points, seed: int) -> Array:
     """(36,V,3) mm, joint x row x column of the rotation of joints 0, 2, 3, 4.
 
-    Upper lids follow the gaze: the entry [2,1] of an eye's rotation is the sine of its downward turn. The
-    rest is a small smooth field, so that correctives and their constant offset at rest can be tested.
+    Upper lids follow the gaze: the entry [2,1] of an eye's rotation is the sine of its downward
+    turn. The rest is a small smooth field, so that correctives and their constant offset at rest
+    can be tested.
     """
     rng = np.random.RandomState(seed)
     calm = _lid_free(pts) * pts.skin

@@ -1,6 +1,7 @@
 """Expression coefficients of the demo head: random everyday faces and a talking sequence.
 
-Coefficients (65): the named units of `basis.EXPRESSION_UNITS`, small smooth fields, and blink in the last place.
+Coefficients (65): the named units of `basis.EXPRESSION_UNITS`, small smooth fields, and blink in
+the last place.
 Eye rotations are rotation vectors in radians: +x looks down, +y looks to the subject's left.
 """
 
@@ -102,7 +103,32 @@ _VISEMES: dict[str, dict[str, float]] = {
     "f": {"jaw_open": 0.15, "upper_lip_raise": 0.45, "pout": 0.35},
     "l": {"jaw_open": 0.5, "lips_part": 0.4},
 }
-_SPEECH = ["rest", "m", "ah", "eh", "l", "oh", "rest", "f", "ee", "l", "oo", "m", "ah", "rest", "eh", "m", "oh", "ee", "rest", "oo", "f", "ah", "l", "rest"]
+_SPEECH = [
+    "rest",
+    "m",
+    "ah",
+    "eh",
+    "l",
+    "oh",
+    "rest",
+    "f",
+    "ee",
+    "l",
+    "oo",
+    "m",
+    "ah",
+    "rest",
+    "eh",
+    "m",
+    "oh",
+    "ee",
+    "rest",
+    "oo",
+    "f",
+    "ah",
+    "l",
+    "rest",
+]
 
 
 def _smooth_keys(times: Array, values: Array, t: Array) -> Array:
@@ -143,7 +169,8 @@ def talking(num_frames: int, fps: float, seed: int) -> tuple[Array, Array, Array
         s = t - start
         down, up = np.clip((s + 0.085) / 0.085, 0, 1), np.clip(1 - (s - 0.04) / 0.15, 0, 1)
         expr[:, BLINK] = np.maximum(expr[:, BLINK], np.minimum(down, up))
-    # Saccades: the gaze jumps between points and rests there; the eyes also keep contact while the head turns.
+    # Saccades: the gaze jumps between points and rests there; the eyes also keep contact while the
+    # head turns.
     spots = np.array(
         [[0.0, 0.0], [0.02, 0.30], [-0.10, 0.10], [0.16, -0.22], [0.0, -0.30], [-0.06, 0.0]]
     )

@@ -1,8 +1,9 @@
 """Hair as a shell around the scalp, with strands in its relief and colour.
 
-Conventions: millimetres while building. The shell is a grid over longitude (0 in front, +pi/2 at the subject's
-left) and a row parameter that runs over the crown by latitude and then straight down by height. Where a style
-has no hair the shell dives below the skin, so that skin and hair meet in a natural, ragged hairline.
+Conventions: millimetres while building. The shell is a grid over longitude (0 in front, +pi/2 at
+the subject's left) and a row parameter that runs over the crown by latitude and then straight down
+by height. Where a style has no hair the shell dives below the skin, so that skin and hair meet in a
+natural, ragged hairline.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ Array = NDArray[np.float64]
 ROWS_CAP, ROWS_DROP, COLS = 34, 26, 224
 ORIGIN = np.array([0.0, 20.0, -40.0])
 _LON = np.radians([0, 14, 27, 38, 50, 61, 70, 76, 82, 90, 108, 117, 130, 150, 180])
-_HAIRLINE = np.array([87.0, 87, 85, 78, 58, 40, 16, -2, 30, 42, 38, 6, -26, -48, -56])
+_HAIRLINE = np.array([91.0, 90, 86, 76, 57, 40, 16, -2, 30, 42, 38, 6, -26, -48, -56])
 
 
 @dataclass(frozen=True)
 class HairStyle:
     """Shape of the hair; lengths in mm.
 
-    top, sides, back: thickness of the shell. fringe: how far hair falls over the forehead. recede: how far the
-    hairline goes back at the temples. part: x of the parting, None without. curl: size of the curls' relief.
-    drop: height down to which hair hangs, None if it ends at the hairline. cover_ears: hang over the ears.
+    top, sides, back: thickness of the shell. fringe: how far hair falls over the forehead. recede:
+    how far the
+    hairline goes back at the temples. part: x of the parting, None without. curl: size of the
+    curls' relief.
+    drop: height down to which hair hangs, None if it ends at the hairline. cover_ears: hang over
+    the ears.
     bun: radius of a bun at the back of the crown. quiff: extra height above the forehead.
     """
 
@@ -135,7 +139,8 @@ def build_hair(
     a = np.abs((lon_all + np.pi) % (2 * np.pi) - np.pi)
 
     strand_table, curl_phase = rng.uniform(-1, 1, 1024), rng.uniform(0, 6.28, (6, 3))
-    # Strands run backwards from the face on top (constant x), downwards on the sides (constant longitude).
+    # Strands run backwards from the face on top (constant x), downwards on the sides (constant
+    # longitude).
     top = basis.smoothstep(y, 70.0, 112.0)
     part_x = style.part if style.part is not None else 1e3
     sweep = (x - part_x) * 0.4 if style.part is not None else x
@@ -178,7 +183,8 @@ def build_hair(
         thick = thick * (1 - 0.6 * on_part)
     else:
         on_part = np.zeros(len(p))
-    # Through zero at the hairline, so that the cut with the skin is a clean curve between grid points.
+    # Through zero at the hairline, so that the cut with the skin is a clean curve between grid
+    # points.
     height = np.clip(0.35 * inside, -5.0, 1.0) + thick * grow
 
     r_new = r + height
@@ -201,7 +207,7 @@ def build_hair(
         seen = (
             basis.smoothstep(a, start - 0.06, start + 0.04) if style.cover_ears else np.ones(len(a))
         )
-        goal = np.maximum(r + 4.0, free)
+        goal = np.clip(free, r + 4.0, r + 36.0)
         lock = (r - 5.0) + 6.5 * seen
         height = np.where(
             y < ORIGIN[1], np.minimum(height, 7.0 * seen - 5.0 + 40.0 * front_edge), height
@@ -211,7 +217,7 @@ def build_hair(
 
     # Colour: strands, darker roots, deep grooves and hairline; sun-lit tips on top.
     tone = 1.0 + 0.30 * coarse + 0.30 * fine
-    tone *= 0.62 + 0.38 * basis.smoothstep(inside, 0.0, 26.0)
+    tone *= 0.74 + 0.26 * basis.smoothstep(inside, 0.0, 22.0)
     tone *= 1.0 - 0.35 * on_part
     tone *= 0.86 + 0.14 * basis.smoothstep(y, -60.0, 70.0)
     colors = np.clip(color * tone[:, None], 0.003, 0.95)

@@ -1,8 +1,8 @@
 """The demo head model: built in memory, written in the layout of a FLAME download.
 
-Conventions: metres, +y up, +z out of the face, +x towards the subject's left. Array shapes, names and file
-formats are FLAME's and its usual companions'; every number is made here, from `anatomy`, `topology`, `basis`
-and `atlas`.
+Conventions: metres, +y up, +z out of the face, +x towards the subject's left. Array shapes, names
+and file formats are FLAME's and its usual companions'; every number is made here, from `anatomy`,
+`topology`, `basis` and `atlas`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class DemoHead:
 
     Attributes:
         model: content of the pickle, see `write_demo_head`.
-        rest: (5023,3) metres, the head as seen at rest (template plus the constant corrective offset).
+        rest: (5023,3) metres, the head as seen at rest (template plus the constant corrective
+            offset).
         faces: (F,3).
         corner_uv: (F,3,2) atlas coordinates of `faces`.
-        eye_disc: (2*546 vertices' faces,3,2) unit-disc coordinates of the eyeball faces, left then right.
+        eye_disc: (2*546 vertices' faces,3,2) unit-disc coordinates of the eyeball faces, left then
+            right.
         blink: (5023,3) metres.
         jaw_regressor: (65,3).
         joints: (5,3) metres at rest.
@@ -75,7 +77,8 @@ def build_demo_head() -> DemoHead:
     expr = 1e-3 * basis.expression_basis(pts, SEED + 2)
     pose = 1e-3 * basis.pose_basis(pts, SEED + 3)
     rest = 1e-3 * pts.p
-    # The pose correctives see R - 2 I, so a constant -sum of their diagonals is always there; the template
+    # The pose correctives see R - 2 I, so a constant -sum of their diagonals is always there; the
+    # template
     # carries its opposite and the head at rest is the sculpted one.
     offset = -pose.reshape(4, 3, 3, len(rest), 3)[:, [0, 1, 2], [0, 1, 2]].sum((0, 1))
     blink = 1e-3 * (basis.lid_motion(pts, 1.0, 1.0, 1.0) + basis.lid_motion(pts, -1.0, 1.0, 1.0))
@@ -99,9 +102,7 @@ def build_demo_head() -> DemoHead:
     normal = _vertex_normals(pts.p, faces)
     visibility = np.ones(len(rest))
     visibility[:n_skin] = anatomy.occlusion(pts.p[:n_skin], normal[:n_skin])
-    return DemoHead(
-        model, rest, faces, uv, disc, blink, jaw, joints, pts, visibility
-    )  # fmt: skip
+    return DemoHead(model, rest, faces, uv, disc, blink, jaw, joints, pts, visibility)
 
 
 def _vertex_normals(v: Array, faces: Ints) -> Array:
@@ -116,10 +117,11 @@ def _vertex_normals(v: Array, faces: Ints) -> Array:
 def write_demo_head(folder: str | Path) -> Path:
     """Write the demo head model as if it had been downloaded.
 
-    Below `folder`: `data/assets/flame/` with `flame2023_no_jaw.pkl` (pickle protocol 2, plain arrays),
-    `cap4d_flame_template.obj` (5223 vertices), `cap4d_avatar_template.obj` (5423), `head_vertices.txt`,
-    `deformable_verts.txt`, `blink_blendshape.npy`, `jaw_regressor.npy`, `flowface_vertex_weights.npy`,
-    `flowface_vertex_mask.npy`; and `data/assets/datasets/gen_data.npz` (1000 expressions and gazes).
+    Below `folder`: `data/assets/flame/` with `flame2023_no_jaw.pkl` (pickle protocol 2, plain
+    arrays), `cap4d_flame_template.obj` (5223 vertices), `cap4d_avatar_template.obj` (5423),
+    `head_vertices.txt`, `deformable_verts.txt`, `blink_blendshape.npy`, `jaw_regressor.npy`,
+    `flowface_vertex_weights.npy`, `flowface_vertex_mask.npy`; and
+    `data/assets/datasets/gen_data.npz` (1000 expressions and gazes).
 
     Args:
         folder: root to write below; existing files are replaced.

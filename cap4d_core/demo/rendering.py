@@ -1,16 +1,18 @@
 """Pictures of a demo subject: RGB and an exact soft matte, batched over views, CPU or CUDA.
 
-Conventions: the head's frame is +y up, +z out of the face, metres; `rot`, `tra` place it; cameras are OpenCV
-world-to-camera matrices (y, z of the world negated) with intrinsics in pixels, pixel (0, 0) spans [0, 1)^2.
-Light is fixed to the head (see `subject`). Shading is linear RGB, converted to sRGB at the end.
+Conventions: the head's frame is +y up, +z out of the face, metres; `rot`, `tra` place it; cameras
+are OpenCV world-to-camera matrices (y, z of the world negated) with intrinsics in pixels, pixel (0,
+0) spans [0, 1)^2. Light is fixed to the head (see `subject`). Shading is linear RGB, converted to
+sRGB at the end.
 
-Every pixel is the mean of supersample^2 samples. The matte is the covered share of a pixel, the colour the mean
-over covered samples, so `rgb * matte + background * (1 - matte)` is exactly the supersampled picture.
+Every pixel is the mean of supersample^2 samples. The matte is the covered share of a pixel, the
+colour the mean over covered samples, so `rgb * matte + background * (1 - matte)` is exactly the
+supersampled picture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +26,8 @@ from cap4d_core.flame.model import HeadModel
 from cap4d_core.geometry.mesh_rasterizer import rasterize
 from cap4d_core.geometry.rotations import rodrigues
 
-# Rows: skin, eye, hair, tooth, flesh, cloth. Columns: specular strength, exponent, wrap of red, green, blue.
+# Rows: skin, eye, hair, tooth, flesh, cloth. Columns: specular strength, exponent, wrap of red,
+# green, blue.
 MATERIALS = torch.tensor(
     [
         [0.16, 18.0, 0.34, 0.22, 0.17],
@@ -41,8 +44,39 @@ _INSIDE = torch.tensor(
 
 
 @dataclass(frozen=True)
+class Views:
+    """T poses, each with its camera.
+
+    expr (T,65); eye_rot, rot, tra and optional neck_rot (T,3); extr (T,4,4); fx, fy, cx, cy (T,).
+    """
+
+    expr: Tensor
+    eye_rot: Tensor
+    rot: Tensor
+    tra: Tensor
+    extr: Tensor
+    fx: Tensor
+    fy: Tensor
+    cx: Tensor
+    cy: Tensor
+    neck_rot: Tensor | None = None
+
+    def part(self, start: int, stop: int, device: torch.device) -> Views:
+        """Views start..stop as float32 on a device."""
+
+        def cut(x: Tensor) -> Tensor:
+            return x[start:stop].to(device, torch.float32)
+
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Views(**{name: cut(x) for name, x in present.items() if x is not None})
+
+
+@dataclass(frozen=True)
 class Rendering:
-    """rgb (T,H,W,3) sRGB in 0..1 (white where empty), matte (T,H,W) in 0..1, depth (T,H,W) m (0 where empty)."""
+    """Pictures: rgb (T,H,W,3) sRGB in 0..1, white where empty; matte (T,H,W) in 0..1.
+
+    depth (T,H,W): metres along the optical axis, 0 where empty.
+    """
 
     rgb: Tensor
     matte: Tensor
@@ -159,62 +193,28 @@ class SubjectRenderer:
 
     @torch.no_grad()
     def render(
-        self,
-        expr: Tensor,
-        eye_rot: Tensor,
-        rot: Tensor,
-        tra: Tensor,
-        extr: Tensor,
-        fx: Tensor,
-        fy: Tensor,
-        cx: Tensor,
-        cy: Tensor,
-        size: tuple[int, int],
-        *,
-        neck_rot: Tensor | None = None,
-        supersample: int = 2,
-        batch: int = 16,
+        self, views: Views, size: tuple[int, int], *, supersample: int = 2, batch: int = 16
     ) -> Rendering:
         """Render T views.
 
         Args:
-            expr: (T,65). eye_rot, rot, tra: (T,3). extr: (T,4,4). fx, fy, cx, cy: (T,).
-            size: (height, width). neck_rot: (T,3) or None.
+            views: poses and cameras.
+            size: (height, width).
             supersample: samples per pixel and axis.
             batch: views held in memory at once.
         """
-        args = [
-            x.to(self.device, torch.float32)
-            for x in (expr, eye_rot, rot, tra, extr, fx, fy, cx, cy)
-        ]
-        neck = None if neck_rot is None else neck_rot.to(self.device, torch.float32)
         done = []
-        for i in range(0, len(expr), batch):
-            part = [x[i : i + batch] for x in args]
-            done.append(
-                self._render(
-                    *part, neck if neck is None else neck[i : i + batch], size, supersample
-                )
-            )
+        for i in range(0, len(views.expr), batch):
+            done.append(self._render(views.part(i, i + batch, self.device), size, supersample))
         return Rendering(*(torch.cat([d[k] for d in done]) for k in range(3)))
 
     def _render(
-        self,
-        expr: Tensor,
-        eye_rot: Tensor,
-        rot: Tensor,
-        tra: Tensor,
-        extr: Tensor,
-        fx: Tensor,
-        fy: Tensor,
-        cx: Tensor,
-        cy: Tensor,
-        neck_rot: Tensor | None,
-        size: tuple[int, int],
-        ss: int,
+        self, views: Views, size: tuple[int, int], ss: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        expr, rot, tra, extr = views.expr, views.rot, views.tra, views.extr
+        fx, fy, cx, cy = views.fx, views.fy, views.cx, views.cy
         height, width = size[0] * ss, size[1] * ss
-        v = self.geometry(expr, eye_rot, neck_rot)
+        v = self.geometry(expr, views.eye_rot, views.neck_rot)
         turn = rodrigues(rot)
         world = (v @ turn.transpose(1, 2) + tra[:, None]) * v.new_tensor([1.0, -1.0, -1.0])
         cam = world @ extr[:, :3, :3].transpose(1, 2) + extr[:, None, :3, 3]
@@ -247,7 +247,8 @@ class SubjectRenderer:
         to_eye = functional.normalize(eye_point[view] - point, dim=-1)
         facing = (normal * to_eye).sum(-1)
         material = self.face_material[face]
-        # Only a back side turned to the camera counts as inside: grazing interpolated normals do not.
+        # Only a back side turned to the camera counts as inside: grazing interpolated normals do
+        # not.
         a, b, c = (v[view, corner[:, k]] for k in range(3))
         flat = torch.linalg.cross(b - a, c - a)
         back = (flat * to_eye).sum(-1) < 0

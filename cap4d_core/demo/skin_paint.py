@@ -1,7 +1,7 @@
 """Albedo of skin and eyes, painted into the UV atlas.
 
-Conventions: linear RGB in 0..1; image row 0 is v = 1. Everything is painted as a function of the undeformed head
-(mm), so that a freckle sits on the same spot whatever the identity and expression.
+Conventions: linear RGB in 0..1; image row 0 is v = 1. Everything is painted as a function of the
+undeformed head (mm), so that a freckle sits on the same spot whatever the identity and expression.
 """
 
 from __future__ import annotations
@@ -95,9 +95,17 @@ def texels(size: int) -> Texels:
     )
     flat = (nearest[0] * size + nearest[1]).ravel()
     return Texels(
-        size, full, flat.astype(np.int64), (pts.p[tri] * b).sum(1), part, disc, at(lip), at(lid),
-        at(pts.lid_side), at(h.visibility),
-    )  # fmt: skip
+        size,
+        full,
+        flat.astype(np.int64),
+        (pts.p[tri] * b).sum(1),
+        part,
+        disc,
+        at(lip),
+        at(lid),
+        at(pts.lid_side),
+        at(h.visibility),
+    )
 
 
 def noise(p: Array, wavelength: float, rng: np.random.Generator, octaves: int = 1) -> Array:
@@ -123,6 +131,12 @@ def _mix(color: Array, other: Array, weight: Array) -> Array:
     return out
 
 
+def _lip_rise(x: Array) -> Array:
+    """How much higher the lip line lies at x than in the middle (mm)."""
+    out: Array = 1.1 * np.clip(np.abs(x) / 26.0, 0, 1.1) ** 2
+    return out
+
+
 def lip_mask(x: Array, y: Array) -> tuple[Array, Array]:
     """Soft masks of the upper and lower lip's red in front view (mm)."""
     a = np.abs(x)
@@ -132,6 +146,7 @@ def lip_mask(x: Array, y: Array) -> tuple[Array, Array]:
     top = -45.4 + 7.6 * t**0.62 + bow * np.clip(3 * t, 0, 1)
     bottom = -46.2 - 10.8 * np.clip(1 - (a / end) ** 2, 0, 1) ** 0.85
     soft = 0.9
+    y = y - _lip_rise(x)
     upper = basis.smoothstep(top - y, -soft, soft) * (y > -46.3) * (a < end + 1)
     lower = basis.smoothstep(y - bottom, -soft, soft) * (y <= -46.3) * (a < end + 1)
     return upper, lower
@@ -167,9 +182,12 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
     )
     c *= 1 - 0.10 * bump(31, 29, 48, 17, 7, 20)[:, None] * np.array([0.6, 1.0, 1.0])
     # Folds: nasolabial, forehead, corners of the eyes.
-    fold = np.exp(-(((a - (15.5 + 0.42 * (-y - 20))) / 1.7) ** 2)) * basis.smoothstep(-y, 18.0, 26.0) * (
-        1 - basis.smoothstep(-y, 36.0, 46.0)
-    ) * front  # fmt: skip
+    fold = (
+        np.exp(-(((a - (15.5 + 0.42 * (-y - 20))) / 1.7) ** 2))
+        * basis.smoothstep(-y, 18.0, 26.0)
+        * (1 - basis.smoothstep(-y, 36.0, 46.0))
+        * front
+    )
     lines = sum(
         np.exp(-(((y - h0 - 0.002 * x**2 - 1.2 * np.sin(x / 13 + h0)) / 1.0) ** 2))
         for h0 in (57.0, 66.0, 75.5)
@@ -209,7 +227,7 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
     mask = np.where(zone, upper + lower, 0.0)
     mask = np.where(t.lip < 0.4, np.where(zone, 1.0, mask), mask)
     lip_color = face.lips * (1 + 0.07 * np.sin(1.9 * x + 2 * noise(t.p, 9.0, rng)))[:, None]
-    lip_color = np.where((y > -46.3)[:, None], lip_color * 0.88, lip_color)
+    lip_color = np.where((y - _lip_rise(x) > -46.3)[:, None], lip_color * 0.88, lip_color)
     c = _mix(c, lip_color, mask * face.lip_strength)
     seam = np.exp(-((np.minimum(t.lip, 5) / 0.55) ** 2)) * zone
     c *= 1 - 0.55 * (seam * (t.lip > -0.8))[:, None]
@@ -237,7 +255,8 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
     )
     c *= 1 - 0.38 * crease[:, None] * np.array([0.8, 1.0, 1.0])
     c = _paint_brows(c, face, x, y, z, t, rng)
-    # The scalp takes the hair's colour under the hair, softly across the hairline, so that hair looks rooted.
+    # The scalp takes the hair's colour under the hair, softly across the hairline, so that hair
+    # looks rooted.
     if face.scalp is not None and face.hair_style is not None:
         q = t.p - hair.ORIGIN
         line = hair.hairline(np.arctan2(q[:, 0], q[:, 2]), face.hair_style)
@@ -278,7 +297,7 @@ def _paint_brows(
 
 
 def _eye(face: Face, disc: Array, side: float, rng: np.random.Generator) -> Array:
-    """Sclera, iris and pupil over the unit disc (rho is the angle from the pupil, magnified in front)."""
+    """Sclera, iris and pupil over the unit disc, which magnifies the front of the eye."""
     rho, angle = np.hypot(disc[:, 0], disc[:, 1]), np.arctan2(disc[:, 1], disc[:, 0])
     phi = np.pi * rho ** (1.35 / 0.85)
     iris_edge, pupil = 0.47, 0.185

@@ -1,11 +1,14 @@
 """A family of procedural people: everything about one of them follows from a number.
 
-A `Subject` holds head-model coefficients, a painted atlas, meshes for hair, mouth and clothing, and its lighting.
-The lights are fixed to the head, not to the room: a head that turns before a still camera looks exactly like a
-camera that goes round a still head, which is what spherical-harmonic colours of a head-fixed avatar can represent.
+A `Subject` holds head-model coefficients, a painted atlas, meshes for hair, mouth and clothing, and
+its lighting.
+The lights are fixed to the head, not to the room: a head that turns before a still camera looks
+exactly like a camera that goes round a still head, which is what spherical-harmonic colours of a
+head-fixed avatar can represent.
 
-New traits (glasses, beards as geometry) are new draws at the END of `draw_traits` and new attachments in
-`make_subject`; draws come from a generator of their own per trait, so that adding one changes no other.
+New traits (glasses, beards as geometry) are new draws at the END of `draw_traits` and new
+attachments in `make_subject`; draws come from a generator of their own per trait, so that adding
+one changes no other.
 """
 
 from __future__ import annotations
@@ -34,18 +37,41 @@ _SKIN = [
     "#553220",
 ]
 _HAIR = {
-    "black": "#17130f", "dark_brown": "#2b1d14", "brown": "#45301f", "chestnut": "#5a3520", "auburn": "#7a3a1e",
-    "ginger": "#a9592a", "dark_blond": "#86683f", "blond": "#bf9a5f", "platinum": "#dcc9a0", "grey": "#8d8a86",
+    "black": "#17130f",
+    "dark_brown": "#2b1d14",
+    "brown": "#45301f",
+    "chestnut": "#5a3520",
+    "auburn": "#7a3a1e",
+    "ginger": "#a9592a",
+    "dark_blond": "#86683f",
+    "blond": "#bf9a5f",
+    "platinum": "#dcc9a0",
+    "grey": "#8d8a86",
     "white": "#cfccc6",
-}  # fmt: skip
+}
 _IRIS = {
-    "dark_brown": "#3a2214", "brown": "#5a361d", "hazel": "#6d5730", "green": "#56703f", "blue": "#4f7fa8",
-    "grey": "#70828c", "light_blue": "#82aac4",
-}  # fmt: skip
+    "dark_brown": "#3a2214",
+    "brown": "#5a361d",
+    "hazel": "#6d5730",
+    "green": "#56703f",
+    "blue": "#4f7fa8",
+    "grey": "#70828c",
+    "light_blue": "#82aac4",
+}
 _SHIRT = [
-    "#27364f", "#7d2f35", "#3f5d45", "#d8d2c5", "#2c2c2e", "#56708c", "#b98b4a", "#6a4a6e", "#8f9aa3", "#c96f4a",
-    "#e4e2de", "#3b6f73",
-]  # fmt: skip
+    "#27364f",
+    "#7d2f35",
+    "#3f5d45",
+    "#d8d2c5",
+    "#2c2c2e",
+    "#56708c",
+    "#b98b4a",
+    "#6a4a6e",
+    "#8f9aa3",
+    "#c96f4a",
+    "#e4e2de",
+    "#3b6f73",
+]
 
 
 def linear(hex_color: str) -> Array:
@@ -59,7 +85,8 @@ def linear(hex_color: str) -> Array:
 class Lighting:
     """Head-fixed lights; directions point towards the light, colours are linear RGB.
 
-    key, fill: (3,) unit directions with key_color, fill_color; ambient from above (sky) and below (ground).
+    key, fill: (3,) unit directions with key_color, fill_color; ambient from above (sky) and below
+    (ground).
     """
 
     key: Array
@@ -117,11 +144,26 @@ def _shape(seed: int, m: float) -> Array:
     out[named:] = 0.8 * rng.standard_normal(NUM_SHAPE - named)
     lean = 2 * m - 1
     for name, gain in {
-        "jaw_width": 0.7, "brow_ridge": 0.8, "chin_width": 0.5, "chin_length": 0.4, "neck_width": 0.9,
-        "nose_width": 0.3, "face_width": 0.15, "size": 0.4, "jaw_angle": 0.35, "bridge_height": 0.3,
-        "upper_lip": -0.6, "lower_lip": -0.55, "eye_size": -0.5, "brow_height": -0.7, "cheekbones": -0.35,
-        "forehead_slope": 0.3, "cheek_fullness": -0.1, "tip_up": -0.3,
-    }.items():  # fmt: skip
+        "jaw_width": 0.8,
+        "brow_ridge": 0.8,
+        "chin_width": 0.5,
+        "chin_length": 0.4,
+        "neck_width": 1.1,
+        "nose_width": 0.5,
+        "face_width": 0.15,
+        "size": 0.5,
+        "nose_length": 0.35,
+        "jaw_angle": 0.35,
+        "bridge_height": 0.3,
+        "upper_lip": -0.6,
+        "lower_lip": -0.55,
+        "eye_size": -0.5,
+        "brow_height": -0.7,
+        "cheekbones": -0.35,
+        "forehead_slope": 0.3,
+        "cheek_fullness": -0.1,
+        "tip_up": -0.3,
+    }.items():
         out[basis.SHAPE_UNITS.index(name)] += gain * lean
     # Features that read as a defect rather than as a trait stay small.
     for name, limit in {
@@ -224,9 +266,18 @@ def draw_traits(seed: int) -> Traits:
     neckline = float(r.uniform(0.0, 14.0))
     tooth = np.array([0.80, 0.76, 0.66]) * float(r.uniform(0.9, 1.05))
     return Traits(
-        seed, m, _shape(seed, m), face, style, np.clip(hair_color, 0.006, 0.85), np.clip(shirt, 0.01, 0.85),
-        neckline, tooth, np.array([0.44, 0.17, 0.16]), _lighting(_rng(seed, "light")),
-    )  # fmt: skip
+        seed,
+        m,
+        _shape(seed, m),
+        face,
+        style,
+        np.clip(hair_color, 0.006, 0.85),
+        np.clip(shirt, 0.01, 0.85),
+        neckline,
+        tooth,
+        np.array([0.44, 0.17, 0.16]),
+        _lighting(_rng(seed, "light")),
+    )
 
 
 def _lighting(rng: np.random.Generator) -> Lighting:

@@ -1,12 +1,14 @@
 """Vertices and triangles of the demo head: FLAME's counts, its own connectivity.
 
-Conventions: millimetres here (the files are written in metres); triangles counter-clockwise seen from outside.
+Conventions: millimetres here (the files are written in metres); triangles counter-clockwise seen
+from outside.
 Vertex order: skin 0..3930, eyeball at +x 3931..4476, eyeball at -x 4477..5022.
 
-Skin vertices live on the sphere of directions around `anatomy.CENTRE`: loops along lids, lips, ears and neck are
-fixed, all others are relaxed (Lloyd) to a wanted spacing, and the convex hull of the directions is their
-Delaunay triangulation. The mouth slit is held open in direction space only, so that upper and lower lip touch
-in 3D but never share a vertex. Loops inside the openings give lids and lips thickness.
+Skin vertices live on the sphere of directions around `anatomy.CENTRE`: loops along lids, lips, ears
+and neck are fixed, all others are relaxed (Lloyd) to a wanted spacing, and the convex hull of the
+directions is their Delaunay triangulation. The mouth slit is held open in direction space only, so
+that upper and lower lip touch in 3D but never share a vertex. Loops inside the openings give lids
+and lips thickness.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Skin:
         faces: (F,3).
         chart: (3931,3) unit directions with the mouth slit held open.
         lip_side: (3931,) +1 for vertices at or above the lip line, -1 below.
-        lip_ring: (3931,) -3..-1 inner loops of the mouth, 0 lip line, 1.. loops outwards, 99 elsewhere.
+        lip_ring: (3931,) -3..-1 inner loops of the mouth, 0 lip line, 1.. loops outwards, 99
+            elsewhere.
         lid_ring: (3931,) the same for the lids.
         lid_side: (3931,) +1 upper lid, -1 lower lid, 0 corners, for vertices with a lid_ring.
         lid_coord: (3931,2) eye-local (a, b) mm in the opening's frame of lid vertices (a outwards).
@@ -68,7 +71,7 @@ def _unit(v: Array) -> Array:
 
 def lip_line(x: Array) -> Array:
     """Height of the lip line in gnomonic coordinates at gnomonic x."""
-    return -46.0 - 6.3 * np.clip(np.abs(x) / MOUTH_X, 0.0, 1.3) ** 2
+    return -46.0 - 5.1 * np.clip(np.abs(x) / MOUTH_X, 0.0, 1.3) ** 2
 
 
 def _slit(x: Array) -> Array:
@@ -103,7 +106,7 @@ def close_slit(d: Array) -> Array:
 
 
 def _lid_opening(num: int) -> Array:
-    """Outline (num,2) of the eye opening, counter-clockwise from the outer corner; a outwards, b up."""
+    """Eye opening (num,2), counter-clockwise from the outer corner; a outwards, b up."""
     t = 2 * np.pi * np.arange(num) / num
     a = np.where(np.cos(t) > 0, 13.4, 15.2) * np.cos(t)
     up = 5.0 * np.sin(np.clip(t, 0, np.pi)) ** 0.92 * (1 - 0.10 * np.cos(t))
@@ -359,13 +362,20 @@ def build_skin(seed: int = 7) -> Skin:
     perm = np.arange(n)
     perm[[lower, LOWER_LIP_VERTEX]] = perm[[LOWER_LIP_VERTEX, lower]]
     return Skin(
-        vertices[perm], perm[faces], chart[perm], lip_side[perm], lip_ring[perm], lid_ring[perm],
-        side[perm], lid_coord[perm], neck_ring[perm],
-    )  # fmt: skip
+        vertices[perm],
+        perm[faces],
+        chart[perm],
+        lip_side[perm],
+        lip_ring[perm],
+        lid_ring[perm],
+        side[perm],
+        lid_coord[perm],
+        neck_ring[perm],
+    )
 
 
 def _tilt(d: Array) -> float:
-    """Angle of a direction in the midplane, 0 in front, growing over the crown (-pi/2 .. 3 pi/2)."""
+    """Angle of a direction in the midplane: 0 in front, growing over the crown."""
     a = float(np.arctan2(d[1], d[2]))
     return a if d[2] > 0 else a % (2 * np.pi)
 
@@ -389,7 +399,7 @@ def _middle_points(table: Array, loop: Array) -> Array:
 
 
 def _seed_points(table: Array, fixed: Array, neck: Array, num: int, seed: int) -> Array:
-    """Random free directions with x > 0, by the wanted density, clear of the fixed loops and openings."""
+    """Random free directions with x > 0, by wanted density, clear of loops and openings."""
     rng = np.random.RandomState(seed)
     m = 60000
     z = rng.uniform(-1, 1, m)
@@ -455,8 +465,13 @@ def _place_inner_lips(v: Array, ring: Ints, coord: Array) -> None:
         idx = np.where(ring == r)[0]
         taper = np.sqrt(np.clip(1.0 - (coord[idx, 0] / MOUTH_X) ** 2, 0.0, 1.0))
         v[idx] = v[rim] + np.stack(
-            [-0.10 * back * np.sign(v[rim, 0]) * (np.abs(v[rim, 0]) > 15), coord[idx, 1] * spread * taper,
-             -back * (0.35 + 0.65 * taper)], -1)  # fmt: skip
+            [
+                -0.10 * back * np.sign(v[rim, 0]) * (np.abs(v[rim, 0]) > 15),
+                coord[idx, 1] * spread * taper,
+                -back * (0.35 + 0.65 * taper),
+            ],
+            -1,
+        )
 
 
 def _place_inner_lids(v: Array, ring: Ints, coord: Array) -> None:

@@ -1,11 +1,13 @@
-"""Writes the demo: head model, a subject's photos with their fit, held-out truth, a driving sequence.
+"""Writes the demo: head model, a subject's photos and fit, held-out truth, a driving sequence.
 
-Conventions: see `cap4d_core.files.tracking`. One still camera looks at a head that turns. The light turns with the
-head (see `subject`), so a head turned by R before a still camera is the same picture as a camera that goes round a
-still head, and the renderings of all directions agree on one head-fixed appearance.
+Conventions: see `cap4d_core.files.tracking`. One still camera looks at a head that turns. The light
+turns with the head (see `subject`), so a head turned by R before a still camera is the same picture
+as a camera that goes round a still head, and the renderings of all directions agree on one head-
+fixed appearance.
 
-Directions are (yaw, pitch) in degrees of the head: positive yaw turns the face to its left (+x), positive pitch
-lowers it. References cover yaw +-55, pitch +-20 but for a few holes; held-out views look from inside the holes.
+Directions are (yaw, pitch) in degrees of the head: positive yaw turns the face to its left (+x),
+positive pitch lowers it. References cover yaw +-55, pitch +-20 but for a few holes; held-out views
+look from inside the holes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from cap4d_core.demo import expressions
 from cap4d_core.demo.head import build_demo_head, head_vertex_ids, write_demo_head
-from cap4d_core.demo.rendering import Rendering, SubjectRenderer
+from cap4d_core.demo.rendering import Rendering, SubjectRenderer, Views
 from cap4d_core.demo.subject import make_subject
 from cap4d_core.files.image_set import ViewParameters, write_view_parameters
 from cap4d_core.files.images import to_uint8, write_image
@@ -47,7 +49,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 MAX_YAW, MAX_PITCH = 55.0, 20.0
-# Centres of the directions that no reference looks from, and how far references keep away (degrees).
+# Centres of the directions that no reference looks from, and how far references keep away
+# (degrees).
 HOLES = ((-36.0, 8.0), (-12.0, -11.0), (13.0, 11.0), (37.0, -8.0))
 HOLE_RADIUS = 12.0
 HELD_OUT_SPREAD = 1.2
@@ -71,7 +74,7 @@ def _angle(a: Array, b: Array) -> Array:
 
 
 def view_directions(fit: Tracking) -> Array:
-    """Where the camera stands as seen from each head: unit vectors (T,3) in the head's frame (camera 0)."""
+    """Directions (T,3) towards camera 0 in the frame of each head."""
     extr = np.asarray(fit.extr[0], dtype=np.float64)
     centre = -(extr[:3, :3].T @ extr[:3, 3]) * np.array([1.0, -1.0, -1.0])
     turn = rodrigues(torch.as_tensor(np.asarray(fit.rot, dtype=np.float64))).numpy()
@@ -96,13 +99,21 @@ def _reference_directions(num: int) -> tuple[Array, Array]:
 
 
 def _pose(yaw: Array, pitch: Array, roll: Array, shift: Array) -> tuple[Array, Array]:
-    """Rotation vectors and translations that turn the head about its middle, DISTANCE before the camera."""
-    r = [_matrix(y, p, q) for y, p, q in zip(np.radians(yaw), np.radians(pitch), np.radians(roll), strict=True)]
+    """Rotation vectors and translations of heads turned about their middle."""
+    r = [
+        _matrix(y, p, q)
+        for y, p, q in zip(np.radians(yaw), np.radians(pitch), np.radians(roll), strict=True)
+    ]
     turn = np.array(r)
     # Rotation vectors whose `rodrigues` is the wanted matrix; angles stay far from pi.
     angle = np.arccos(np.clip((np.trace(turn, axis1=1, axis2=2) - 1) / 2, -1, 1))
     axis = np.stack(
-        [turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0], turn[:, 1, 0] - turn[:, 0, 1]], -1
+        [
+            turn[:, 2, 1] - turn[:, 1, 2],
+            turn[:, 0, 2] - turn[:, 2, 0],
+            turn[:, 1, 0] - turn[:, 0, 1],
+        ],
+        -1,
     )
     scale = np.where(angle > 1e-6, angle / np.maximum(2 * np.sin(angle), 1e-9), 0.5)
     rot = axis * scale[:, None]
@@ -124,7 +135,13 @@ def _focal(resolution: int) -> float:
 
 
 def _make_fit(
-    shape: Array, expr: Array, eye: Array, rot: Array, tra: Array, resolution: int, fps: float | None
+    shape: Array,
+    expr: Array,
+    eye: Array,
+    rot: Array,
+    tra: Array,
+    resolution: int,
+    fps: float | None,
 ) -> Tracking:
     f = np.full((1, 1), _focal(resolution), np.float32)
     c = np.full((1, 1), resolution / 2, np.float32)
@@ -162,12 +179,13 @@ def reference_fit(seed: int, num_references: int = 64, resolution: int = 160) ->
 
 
 def held_out_fit(seed: int, num_views: int = 16, resolution: int = 160) -> Tracking:
-    """The exact fit of the held-out views: directions inside the holes, expressions of their own."""
+    """The exact fit of the held-out views: directions in the holes, own expressions."""
     rng = np.random.default_rng([seed, 12])
     holes = np.array(HOLES)[np.arange(num_views) % len(HOLES)]
     jitter = rng.uniform(-1, 1, (num_views, 2)) * HELD_OUT_SPREAD
     expr, eye = expressions.sample_expressions(num_views, rng)
-    rot, tra = _pose(*(holes + jitter).T, np.zeros(num_views), np.zeros((num_views, 3)))
+    yaw, pitch = (holes + jitter).T
+    rot, tra = _pose(yaw, pitch, np.zeros(num_views), np.zeros((num_views, 3)))
     return _make_fit(make_subject(seed).shape, expr, eye, rot, tra, resolution, None)
 
 
@@ -179,11 +197,19 @@ def _render_fit(
     def t(a: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(a), dtype=torch.float32)
 
-    extr = t(fit.extr[:1]).expand(fit.num_frames, 4, 4)
     k = t(intrinsics)
-    return renderer.render(
-        t(fit.expr), t(fit.eye_rot), t(fit.rot), t(fit.tra), extr, *k.T, (size, size), supersample=supersample
+    views = Views(
+        expr=t(fit.expr),
+        eye_rot=t(fit.eye_rot),
+        rot=t(fit.rot),
+        tra=t(fit.tra),
+        extr=t(fit.extr[:1]).expand(fit.num_frames, 4, 4),
+        fx=k[:, 0],
+        fy=k[:, 1],
+        cx=k[:, 2],
+        cy=k[:, 3],
     )
+    return renderer.render(views, (size, size), supersample=supersample)
 
 
 def write_demo_subject(
@@ -199,8 +225,8 @@ def write_demo_subject(
     """Write a demo subject's tracked photos.
 
     `images/cam0/%08d.png`, mattes `bg/cam0/%04d.png` (255 = foreground), `fit.npz` (exact), and
-    `reference_images.json` naming every frame. Edge pixels of the photos hold the subject's own colour (not mixed
-    with the white background), so compositing with the matte is exact.
+    `reference_images.json` naming every frame. Edge pixels of the photos hold the subject's own
+    colour (not mixed with the white background), so compositing with the matte is exact.
 
     Args:
         folder: where to; created.
@@ -226,7 +252,9 @@ def write_demo_subject(
         if callback is not None:
             callback(Progress(i + 1, num_references, "photo"))
     write_fit(root / "fit.npz", fit)
-    write_reference_list(root / "reference_images.json", [("cam0", i) for i in range(num_references)])
+    write_reference_list(
+        root / "reference_images.json", [("cam0", i) for i in range(num_references)]
+    )
     return fit
 
 
@@ -243,9 +271,9 @@ def write_demo_held_out(
 ) -> Tracking:
     """Write unseen views of a demo subject as an image set with mattes.
 
-    `images/%05d.png` (square crops over white), `mattes/%05d.png`, `flame/%05d.npz`. Directions are at least 10
-    degrees away from every reference of `write_demo_subject`, expressions are others. Crops are rendered with the
-    crop's own camera, not resampled.
+    `images/%05d.png` (square crops over white), `mattes/%05d.png`, `flame/%05d.npz`. Directions are
+    at least 10 degrees away from every reference of `write_demo_subject`, expressions are others.
+    Crops are rendered with the crop's own camera, not resampled.
 
     Args:
         folder: where to; created.
@@ -264,19 +292,28 @@ def write_demo_held_out(
     fit = held_out_fit(seed, num_views, resolution)
     renderer = SubjectRenderer(make_subject(seed), device)
     boxes = crop_boxes(renderer, fit)
-    camera = (fit.fx[0, 0], fit.fy[0, 0], fit.cx[0, 0], fit.cy[0, 0])
-    k = np.array([crop_intrinsics(*(float(v) for v in camera), box, crop_size) for box in boxes])
+    fx, fy, cx, cy = (float(v[0, 0]) for v in (fit.fx, fit.fy, fit.cx, fit.cy))
+    k = np.array([crop_intrinsics(fx, fy, cx, cy, box, crop_size) for box in boxes])
     out = _render_fit(renderer, fit, k, crop_size, supersample)
     over_white = out.rgb * out.matte[..., None] + 1 - out.matte[..., None]
     rgb, matte = over_white.cpu().numpy(), out.matte.cpu().numpy()
-    fx, fy, cx, cy = (float(v) for v in camera)
     for i, box in enumerate(boxes):
         write_image(root / "images" / f"{i:05d}.png", to_uint8(rgb[i]))
         write_image(root / "mattes" / f"{i:05d}.png", to_uint8(matte[i]))
         view = ViewParameters(
-            shape=fit.shape, expr=fit.expr[i], rot=fit.rot[i], tra=fit.tra[i], eye_rot=fit.eye_rot[i],
-            fx=fx, fy=fy, cx=cx, cy=cy, extr=fit.extr[0], resolution=(resolution, resolution), crop_box=box,
-        )  # fmt: skip
+            shape=fit.shape,
+            expr=fit.expr[i],
+            rot=fit.rot[i],
+            tra=fit.tra[i],
+            eye_rot=fit.eye_rot[i],
+            fx=fx,
+            fy=fy,
+            cx=cx,
+            cy=cy,
+            extr=fit.extr[0],
+            resolution=(resolution, resolution),
+            crop_box=box,
+        )
         write_view_parameters(root / "flame" / f"{i:05d}.npz", view)
         if callback is not None:
             callback(Progress(i + 1, num_views, "picture"))
@@ -289,7 +326,9 @@ def crop_boxes(renderer: SubjectRenderer, fit: Tracking) -> list[tuple[int, int,
     def t(a: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(a), dtype=torch.float32, device=renderer.device)
 
-    posed = renderer.head_model(renderer.shape, t(fit.expr), t(fit.rot), t(fit.tra), eye_rot=t(fit.eye_rot)).vertices
+    posed = renderer.head_model(
+        renderer.shape, t(fit.expr), t(fit.rot), t(fit.tra), eye_rot=t(fit.eye_rot)
+    ).vertices
     ids = head_vertex_ids(build_demo_head())
     p = posed[:, ids].cpu().numpy().astype(np.float64) * np.array([1.0, -1.0, -1.0])
     p = p @ fit.extr[0, :3, :3].T + fit.extr[0, :3, 3]
@@ -299,11 +338,17 @@ def crop_boxes(renderer: SubjectRenderer, fit: Tracking) -> list[tuple[int, int,
 
 
 def write_demo_driving(
-    folder: str | Path, *, num_frames: int = 48, fps: float = 24.0, resolution: int = 160, seed: int = 3
+    folder: str | Path,
+    *,
+    num_frames: int = 48,
+    fps: float = 24.0,
+    resolution: int = 160,
+    seed: int = 3,
 ) -> Tracking:
     """Write a driving sequence: somebody talks, blinks, looks around and turns the head.
 
-    `fit.npz` (another person's coefficients: shape zero) and `orbit.npz`, a camera path around the head.
+    `fit.npz` (another person's coefficients: shape zero) and `orbit.npz`, a camera path around the
+    head.
 
     Args:
         folder: where to; created.
@@ -334,7 +379,9 @@ def write_demo_driving(
     return fit
 
 
-def contact_sheet(seeds: Sequence[int], size: int = 160, columns: int = 8, device: str = "cpu") -> NDArray[np.uint8]:
+def contact_sheet(
+    seeds: Sequence[int], size: int = 160, columns: int = 8, device: str = "cpu"
+) -> NDArray[np.uint8]:
     """One picture of each subject, with a direction and an expression of their own, in rows."""
     tiles = []
     for seed in seeds:
@@ -346,7 +393,9 @@ def contact_sheet(seeds: Sequence[int], size: int = 160, columns: int = 8, devic
         fit = _make_fit(make_subject(seed).shape, 0.6 * expr, 0.5 * eye, rot, tra, size, None)
         k = np.array([[_focal(size), _focal(size), size / 2, size / 2]])
         out = _render_fit(SubjectRenderer(make_subject(seed), device), fit, k, size, 3)
-        tiles.append(to_uint8((out.rgb * out.matte[..., None] + 1 - out.matte[..., None])[0].cpu().numpy()))
+        tiles.append(
+            to_uint8((out.rgb * out.matte[..., None] + 1 - out.matte[..., None])[0].cpu().numpy())
+        )
     blank = np.full_like(tiles[0], 255)
     tiles += [blank] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
