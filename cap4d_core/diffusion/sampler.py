@@ -10,12 +10,14 @@ Steps are numbered as executed: 0 is the noisiest.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
@@ -36,6 +38,20 @@ class ConditioningSource(Protocol):
 
 
 Denoiser = Callable[[Tensor, Tensor, FrameConditioning], Tensor]
+
+
+class StepNoise(Protocol):
+    """Predicts the noise of all views in one step."""
+
+    def __call__(
+        self,
+        timestep: int,
+        reference_batches: NDArray[np.int64],
+        view_batches: NDArray[np.int64],
+        latents: Tensor,
+    ) -> Tensor:
+        """Guided noise of `latents` (N, 4, h, w), from batches (n_its, R) and (n_its, G)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,8 @@ def sample_stochastic_io(
     `grouping` answers each step the same.
 
     Args:
-        denoiser: MMDMDenoiser or anything called like it.
+        denoiser: MMDMDenoiser or anything called like it; one with a method `prepare`, which takes
+            the last arguments of `PlainStep` and returns a StepNoise, is asked for whole steps.
         schedule: noise schedule of the model.
         references: conditioning of the N_ref references.
         generated: conditioning of the N views; `z_input` of these is not used.
@@ -115,26 +132,18 @@ def sample_stochastic_io(
             f"{len(noise)} latents for {len(generated)} views in batches of {num_generated}"
         )
 
+    # Denoisers that know how to share work between the calls of a step do so; others are called.
+    prepare = getattr(denoiser, "prepare", functools.partial(PlainStep, denoiser))
+    noise_of_step: StepNoise = prepare(references, generated, guidance_scale, batches_per_call)
     latents = noise.to(torch.float32)
-    prediction = torch.empty_like(latents)
     for step in range(start_step, stop):
         reference_batches, view_batches = _checked_batches(
             grouping, step, len(noise), num_references, num_generated
         )
         at = total - 1 - step
-        for first in range(0, len(view_batches), batches_per_call):
-            views = torch.from_numpy(view_batches[first : first + batches_per_call])
-            eps = _predict(
-                denoiser,
-                references,
-                generated,
-                torch.from_numpy(reference_batches[first : first + batches_per_call]),
-                views,
-                latents,
-                int(grid.timesteps[at]),
-                guidance_scale,
-            )
-            prediction[views.flatten().to(latents.device)] = eps.to(latents)
+        prediction = noise_of_step(
+            int(grid.timesteps[at]), reference_batches, view_batches, latents
+        )
         if not bool(torch.isfinite(prediction).all()):
             raise DivergedError(
                 f"The denoiser returned NaN or infinity in step {step} of {total}. With "
@@ -176,6 +185,56 @@ def _checked_batches(
             f"{num_views} views once"
         )
     return references, views
+
+
+class PlainStep:
+    """Calls the denoiser batch after batch (a StepNoise).
+
+    Args:
+        denoiser: MMDMDenoiser or anything called like it.
+        references: conditioning of the references.
+        generated: conditioning of the views.
+        guidance_scale: classifier-free guidance.
+        batches_per_call: batches put into one network call.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        references: ConditioningSource,
+        generated: ConditioningSource,
+        guidance_scale: float,
+        batches_per_call: int,
+    ) -> None:
+        self.denoiser = denoiser
+        self.references = references
+        self.generated = generated
+        self.guidance_scale = guidance_scale
+        self.batches_per_call = batches_per_call
+
+    def __call__(
+        self,
+        timestep: int,
+        reference_batches: NDArray[np.int64],
+        view_batches: NDArray[np.int64],
+        latents: Tensor,
+    ) -> Tensor:
+        """Guided noise (N, 4, h, w) of all views."""
+        prediction = torch.empty_like(latents)
+        for first in range(0, len(view_batches), self.batches_per_call):
+            views = torch.from_numpy(view_batches[first : first + self.batches_per_call])
+            eps = _predict(
+                self.denoiser,
+                self.references,
+                self.generated,
+                torch.from_numpy(reference_batches[first : first + self.batches_per_call]),
+                views,
+                latents,
+                timestep,
+                self.guidance_scale,
+            )
+            prediction[views.flatten().to(latents.device)] = eps.to(latents)
+        return prediction
 
 
 def _predict(

@@ -73,5 +73,7 @@ class SamplingCheckpoint:
             )
 
     def remove(self) -> None:
-        """Deletes the file, after success."""
+        """Deletes the file, after success, and what a job killed while writing left of it."""
         self.path.unlink(missing_ok=True)
+        for unfinished in self.path.parent.glob(f"{self.path.stem}.tmp-*{self.path.suffix}"):
+            unfinished.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def test_frontal_centre_is_in_front_of_any_head() -> None:
 
 def test_drawn_angles_are_angles_off_the_front() -> None:
     rot, tra = np.array([0.1, 0.3, 0.05]), np.array([0.02, -0.1, -0.1])
-    extr = look_at(pivot_of(tra) + [0.2, 0.1, -1.0], pivot_of(tra))
+    extr = look_at(pivot_of(tra) + np.array([0.2, 0.1, -1.0]), pivot_of(tra))
     frontal = pivot_camera(extr, pivot_of(tra), *frontal_centre(rot, tra, extr))
     for yaw, pitch in ((40, 0), (-25, 0), (0, 15), (0, -10)):
         turned = pivot_camera(frontal, pivot_of(tra), yaw, pitch)
@@ -183,9 +183,8 @@ def test_plan_file_round_trip(references: list[ViewParameters], tmp_path: Path) 
 
 def test_own_table_of_views(references: list[ViewParameters], tmp_path: Path) -> None:
     table = tmp_path / "views.tsv"
-    table.write_text(
-        "# comment\nyaw_deg\tpitch_deg\texpression_row\n0\t0\t5\n30\t0\t7\n0\t-10\t5\n"
-    )
+    header = "yaw_deg\tpitch_deg\texpression_row\n"
+    table.write_text(f"# comment\n{header}0\t0\t5\n30\t0\t7\n0\t-10\t5\n")
     p = plan(references, plan=str(table), num_shards=1)
     assert p.num_requested == 3 and len(p.views) == 4
     base = references[p.base_reference]
@@ -193,7 +192,7 @@ def test_own_table_of_views(references: list[ViewParameters], tmp_path: Path) ->
     # The camera turns about its own axes, and this head is a degree off the picture's centre.
     np.testing.assert_allclose(angles, [0, 30, 10, 0], atol=0.02)
     assert p.expression_rows.tolist() == [5, 7, 5, 5]
-    table.write_text("yaw_deg\tpitch_deg\texpression_row\n0\t0\t5000\n")
+    table.write_text(f"{header}0\t0\t5000\n")
     with pytest.raises(UserError, match="expression_row out of range"):
         plan(references, plan=str(table))
     table.write_text("yaw\tpitch\n0\t0\n")

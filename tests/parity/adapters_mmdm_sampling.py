@@ -208,7 +208,8 @@ def check_conditioning(g: Golden) -> None:
     vertices = torch.from_numpy(g.input("verts_2d"))
     offsets = torch.from_numpy(g.input("offsets_3d"))
     rays = torch.from_numpy(g.input("ray_map"))
-    masks = [torch.from_numpy(g.input(name)) for name in ("reference_mask", "out_crop_mask")]
+    reference_mask = torch.from_numpy(g.input("reference_mask"))
+    crop_masks = torch.from_numpy(g.input("out_crop_mask"))
     (fine,) = {int(m[1]) for m, _ in g.match(r"pix_to_face_(\d+)")}
     fragments = rasterize(vertices, faces, (fine, fine))
     expected = g.input(f"pix_to_face_{fine}").astype(np.int64)
@@ -242,9 +243,17 @@ def check_conditioning(g: Golden) -> None:
     for match, name in list(g.match(r"pos_enc_(\d+)_view(\d+)(?:_and_(\d+))?")):
         size, views = int(match[1]), [int(v) for v in match.groups()[1:] if v]
         step = rays.shape[-1] // size  # a smaller model sees every n-th ray and mask pixel
-        thin = [t[views][..., ::step, ::step] for t in (rays, *masks)]
+        thin = [t[views][..., ::step, ::step] for t in (rays, reference_mask, crop_masks)]
         maps = as_array(
-            conditioning_maps(vertices[views], offsets[views], *thin, tables, ConditioningConfig())
+            conditioning_maps(
+                vertices[views],
+                offsets[views],
+                thin[0],
+                thin[1],
+                thin[2],
+                tables,
+                ConditioningConfig(),
+            )
         )
         # mmdm.md: 2e-4 away from silhouettes, where at most 5 fine pixels per view may differ.
         share = 5 / size**2
@@ -410,11 +419,11 @@ def check_utils(g: Golden) -> None:
         ],
         **GEOMETRY,
     )
-    source = np.random.RandomState(int(g.input("ellipse_seed")))
+    stream = np.random.RandomState(int(g.input("ellipse_seed")))
     count = len(g.peek("ellipse_out"))
     # Limits as stated in the manifest's notes.
     limits = re.search(r"limits \((\d+),\s*(\d+)\)", str(g.entry.get("notes", "")))
     yaw_range, pitch_range = (float(v) for v in limits.groups()) if limits else (55.0, 20.0)
-    drawn = [draw_angles(source, yaw_range, pitch_range) for _ in range(count)]
+    drawn = [draw_angles(stream, yaw_range, pitch_range) for _ in range(count)]
     g.compare("ellipse_out", drawn, **GEOMETRY)
-    g.compare("ellipse_next_uniform", source.uniform(), **GEOMETRY)
+    g.compare("ellipse_next_uniform", stream.uniform(), **GEOMETRY)
