@@ -108,6 +108,14 @@ class SamplingSettings(StrictModel):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto", description="'auto' = bf16 on GPUs that have it, fp32 on the CPU."
     )
+    fast_path: Literal["auto", "off"] = Field(
+        "auto",
+        description="Leave out what cannot change the generated views; 'off' = the plain network.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compile the network; 'auto' = on GPUs, below fp32, in jobs long enough.",
+    )
     low_memory: bool = Field(
         False, description="Tiles the autoencoder and shrinks batches: less than 8 GB at 512 px."
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cap4d_core.avatar.deformation import OFFSET_UNIT, DeformationUNet, positional_encoding
 from cap4d_core.avatar.densification import SplatTensors
-from cap4d_core.avatar.face_frames import FaceFrames, face_frames
+from cap4d_core.avatar.face_frames import FaceFrames, face_frames, gather_rows
 from cap4d_core.avatar.uv_grid import UVGrid, splats_per_face
 from cap4d_core.errors import UserError
 from cap4d_core.flame.model import HeadModel
@@ -94,13 +94,20 @@ def relative_neck_rotation(rot: Tensor, base_rot: Tensor) -> Tensor:
     return NECK_LIMIT * torch.tanh(relative / NECK_LIMIT)
 
 
+def world_means(splats: SplatTensors, frames: FaceFrames) -> Tensor:
+    """Local to world, positions only: (B, N, 3)."""
+    packed = torch.cat([(frames.rotation * frames.scale[..., None]).flatten(-2), frames.centre], -1)
+    rotation, centre = gather_rows(packed, splats.binding).split([9, 3], dim=-1)
+    return (rotation.unflatten(-1, (3, 3)) * splats.xyz[:, None, :]).sum(-1) + centre
+
+
 def world_splats(splats: SplatTensors, frames: FaceFrames) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Local to world: means, quaternions, scales and the face scale of each splat, (B, N, ...)."""
     packed = torch.cat(
         [frames.rotation.flatten(-2), frames.quaternion, frames.scale, frames.centre], dim=-1
     )
-    # One gather instead of four: its backward pass (index_add) dominates on the CPU.
-    rotation, quaternion, scale, centre = packed.index_select(1, splats.binding).split(
+    # One gather instead of four: its backward pass is the expensive part.
+    rotation, quaternion, scale, centre = gather_rows(packed, splats.binding).split(
         [9, 4, 1, 3], dim=-1
     )
     local = splats.xyz * scale
@@ -265,7 +272,7 @@ class GaussianAvatar(nn.Module):
         )
         if mesh.vertices_neutral is not None:
             posed.frames_neutral = face_frames(mesh.vertices_neutral, self.grid.faces)
-            posed.means_neutral = world_splats(self.splats, posed.frames_neutral)[0]
+            posed.means_neutral = world_means(self.splats, posed.frames_neutral)
         return posed
 
     def pose(
