@@ -250,6 +250,15 @@ class AnimationSettings(StrictModel):
     )
 
 
+class DemoSettings(StrictModel):
+    """The procedural world of demo subjects (rules make_demo_...)."""
+
+    num_references: int = Field(64, ge=1, description="Photos per demo subject.")
+    num_held_out: int = Field(16, ge=1, description="Views that demo avatars are evaluated on.")
+    num_frames: int = Field(48, ge=1, description="Frames of a demo motion.")
+    resolution: int = Field(160, ge=16, description="Side of photos and videos, pixels.")
+
+
 class SubjectSettings(StrictModel):
     """Everything above, as one object: what config.yaml may hold besides tables."""
 
@@ -259,6 +268,7 @@ class SubjectSettings(StrictModel):
     sampling: SamplingSettings = SamplingSettings()
     fitting: FittingSettings = FittingSettings()
     animation: AnimationSettings = AnimationSettings()
+    demo: DemoSettings = DemoSettings()
 
 
 # What each quality preset sets; every other key keeps its default. Released values, except `demo`.

@@ -23,9 +23,9 @@ from cap4d_core.diffusion.conditioning import (
     RendererTables,
 )
 from cap4d_core.diffusion.dealing import deal_views, initial_noise, views_per_iteration
+from cap4d_core.diffusion.denoiser_setup import choose_route, route_denoiser
 from cap4d_core.diffusion.grouping import SeededGrouping, shard_key
 from cap4d_core.diffusion.network_setup import (
-    choose_batches_per_call,
     choose_precision,
     load_model,
     matmul_precision,
@@ -128,7 +128,7 @@ def sample_views(
     )
     view_ids = dealt[shard_index].tolist()
     precision = choose_precision(settings.precision, device)
-    batches = choose_batches_per_call(settings, device)
+    route = choose_route(settings, device, len(view_ids) // per_iteration, stop - start)
 
     model = load_model(mmdm_dir, settings, device)
     latents = _starting_latents(plan, view_ids, previous_round_files, model, settings, start)
@@ -137,7 +137,7 @@ def sample_views(
         {
             "settings": {key: getattr(settings, key) for key in _RELEVANT},
             "precision": precision,
-            "batches_per_call": batches,
+            "route": route.to_dict(),
             "subject": plan.subject,
             "round": round_index,
             "shard": shard_index,
@@ -159,10 +159,11 @@ def sample_views(
     if resumed is not None:
         start, latents = resumed
     logger.info(
-        "%s: round %d of %d, shard %d of %d: %d views, steps %d to %d of %d, %s, %d batch(es) per "
-        "call.",
+        "%s: round %d of %d, shard %d of %d: %d views, steps %d to %d of %d, %s, %s%d "
+        "batch(es) per call.",
         plan.subject, round_index + 1, len(rounds), shard_index + 1, settings.num_shards,
-        len(view_ids), start, stop - 1, steps_run, precision, batches,
+        len(view_ids), start, stop - 1, steps_run, precision,
+        "compiled, " if route.compiled else "", route.batches_per_call,
     )  # fmt: skip
 
     order = plan.reference_order
@@ -170,6 +171,7 @@ def sample_views(
     head = HeadModel.load(head_model_dir).to(device)
     renderer = ConditioningRenderer(head, _tables(model, head_model_dir), model.config, base.extr)
     preview = output.with_suffix(".png")
+    denoiser = route_denoiser(model.denoiser, route, Path(mmdm_dir).parent / "compiled")
 
     def after_step(progress: Progress) -> None:
         assert isinstance(progress, SamplingProgress)
@@ -185,7 +187,7 @@ def sample_views(
 
     with torch.no_grad(), matmul_precision(precision):
         final = sample_stochastic_io(
-            model.denoiser,
+            denoiser,
             model.schedule,
             renderer.references([plan.references[i] for i in order], references[order]),
             RenderedViews(renderer, [plan.views[i] for i in view_ids]),
@@ -206,7 +208,7 @@ def sample_views(
             start_step=start,
             end_step=stop,
             callback=after_step,
-            batches_per_call=batches,
+            batches_per_call=route.batches_per_call,
         )
     write_safetensors(
         output,
