@@ -33,8 +33,8 @@ DISC_CENTRES = {
     "mouth_lower": (0.795, 0.898),
 }
 # Stretch of the middle of the chart: (from, to, gain).
-WIDEN_U = (0.30, 0.70, 3.0)
-WIDEN_V = (0.16, 0.64, 2.3)
+WIDEN_U = (0.29, 0.71, 3.6)
+WIDEN_V = (0.16, 0.64, 2.7)
 NUM_MOUTH = 200
 
 

@@ -130,6 +130,19 @@ def mouth_interior(skin: Array, jaw_unit_ids: Ints, tooth: Array, gum: Array) ->
                 not upper,
             )
         )
+    # A dark bag behind the teeth, so that nobody looks into the skull.
+    u, v = np.meshgrid(np.linspace(0.02, 1, 9), np.linspace(0, 2 * np.pi, 25)[:-1], indexing="ij")
+    polar = 0.5 * np.pi * u
+    bag = np.stack(
+        [
+            27.0 * np.sin(polar) * np.cos(v),
+            -46.0 + np.where(v < np.pi, 19.0, 27.0) * np.sin(polar) * np.sin(v),
+            46.0 - 40.0 * np.cos(polar),
+        ],
+        -1,
+    ).reshape(-1, 3)
+    dark = np.tile(gum * 0.06, (len(bag), 1))
+    out.append(_piece(bag, grid_faces(9, 24, True), dark, CLOTH, jaw_unit_ids, False))
     # Tongue: a flattened dome on the floor of the mouth.
     u, v = np.meshgrid(np.linspace(0, 1, 12), np.linspace(0, 2 * np.pi, 25)[:-1], indexing="ij")
     x = 18.0 * u * np.cos(v)

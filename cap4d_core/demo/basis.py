@@ -240,8 +240,6 @@ def _smile(pts: Points, side: float) -> Array:
     d += one(p, (34, -20, 42), (17, 15, 22), (1.5, 3.6, 2.4), side)
     d += one(p, (32, 8, 44), (18, 8, 20), (0.2, 1.0, 0.4), side)
     d += one(p, (12, -17, 66), (8, 8, 14), (0.9, 0.5, -0.2), side)
-    side_of_lip = _lip_field(pts, 1.0, 9.0) * smoothstep(side * pts.x, -6.0, 10.0)
-    d[:, 1] += 0.2 * side_of_lip
     d[:, 2] -= 1.2 * _mouth(pts, 22, 12) * smoothstep(side * pts.x, -8.0, 12.0)
     return d
 
@@ -274,7 +272,7 @@ def expression_units(pts: Points) -> dict[str, Array]:
         p, (0, -62, 62), (18, 10, 18), (0, 1.2, 0.8)
     )
     pucker = np.stack([-0.30 * p[:, 0], 0 * p[:, 1], 4.2 * np.ones(len(p))], -1) * mouth[:, None]
-    u["pucker"] = pucker + axis(up, 0, 0.1, 0.8) + axis(low, 0, -0.1, 0.8)
+    u["pucker"] = pucker + axis(up + low, 0, 0, 0.8)
     u["stretch"] = both(p, (25, -47, 54), (15, 14, 22), (4.6, -0.6, -2.6)) + axis(lips, 0, 0, -0.8)
     u["press"] = axis(np.where(pts.lip_side > 0, lips, 0), 0, -1.1, -1.5) + axis(
         np.where(pts.lip_side < 0, lips, 0), 0, 0.5, -1.5

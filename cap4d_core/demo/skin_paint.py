@@ -302,7 +302,7 @@ def _eye(face: Face, disc: Array, side: float, rng: np.random.Generator) -> Arra
     phi = np.pi * rho ** (1.35 / 0.85)
     iris_edge, pupil = 0.47, 0.185
     veins = np.clip(np.sin(9 * angle + 6 * phi + 2 * np.sin(5 * angle)), 0.9, 1.0) * 10 - 9
-    sclera = np.array([0.62, 0.595, 0.575]) * np.ones((len(rho), 3))
+    sclera = np.array([0.54, 0.515, 0.50]) * np.ones((len(rho), 3))
     sclera *= 1 - (
         0.10 * basis.smoothstep(phi, 0.55, 1.2) + 0.10 * veins * basis.smoothstep(phi, 0.6, 1.1)
     )[:, None] * np.array([0.25, 1.0, 1.0])

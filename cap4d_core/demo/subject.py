@@ -247,7 +247,7 @@ def draw_traits(seed: int) -> Traits:
         iris_rim=iris * 0.25,
         brow=np.clip(brow, 0.008, 0.6),
         brow_density=float(np.clip(0.80 + 0.12 * r.standard_normal() + 0.10 * m, 0.55, 0.97)),
-        brow_thickness=float(np.clip(0.72 + 0.42 * m + 0.12 * r.standard_normal(), 0.5, 1.4)),
+        brow_thickness=float(np.clip(0.82 + 0.36 * m + 0.12 * r.standard_normal(), 0.6, 1.4)),
         brow_arch=float(np.clip(0.75 - 0.35 * m + 0.25 * r.standard_normal(), 0.1, 1.3)),
         brow_height=float(np.clip(0.8 * r.standard_normal() - 0.8 * (m - 0.5), -1.6, 1.8)),
         stubble=float(r.choice([0.0, 0.15, 0.35, 0.7], p=[0.3, 0.3, 0.25, 0.15]))

@@ -226,7 +226,7 @@ def test_face_gets_a_large_share_of_the_atlas(demo: DemoHead) -> None:
     c = demo.rest[demo.faces].mean(1)
     face = (c[:, 2] > 0.01) & (c[:, 1] > -0.095) & (c[:, 1] < 0.07)
     # Of the atlas, against a sixth of the surface.
-    assert area[face].sum() > 0.30
+    assert area[face].sum() > 0.33
 
 
 def test_mouth_half_sphere_matches_the_head_model(demo: DemoHead, model: HeadModel) -> None:

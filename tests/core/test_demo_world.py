@@ -124,7 +124,7 @@ def test_head_turn_equals_camera_orbit() -> None:
     extr[:3, :3] = f @ r @ f
     extr[:3, 3] = f @ t - extr[:3, :3] @ f @ t
     moved = Views(
-        still.expr, still.eye_rot, still.rot, still.tra, torch.tensor(extr, dtype=torch.float32)[None],
+        still.expr, still.eye_rot, still.rot, still.tra, torch.from_numpy(extr).float()[None],
         still.fx, still.fy, still.cx, still.cy,
     )  # fmt: skip
     orbited = renderer.render(moved, (64, 64))
