@@ -19,7 +19,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
 from scipy.sparse.linalg import spsolve
 
-from cap4d_core.demo import basis, topology
+from cap4d_core.demo import fields, topology
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -41,8 +41,8 @@ NUM_MOUTH = 200
 def _widen(t: Array, low: float, high: float, gain: float) -> Array:
     """A monotone map of [0,1] onto itself, about `gain` times steeper from low to high."""
     x = np.linspace(0.0, 1.0, 401)
-    slope = 1.0 + (gain - 1.0) * basis.smoothstep(x, low - 0.12, low + 0.08) * (
-        1 - basis.smoothstep(x, high - 0.08, high + 0.12)
+    slope = 1.0 + (gain - 1.0) * fields.smoothstep(x, low - 0.12, low + 0.08) * (
+        1 - fields.smoothstep(x, high - 0.08, high + 0.12)
     )
     y = np.concatenate([[0.0], np.cumsum(0.5 * (slope[1:] + slope[:-1]))])
     out: Array = np.interp(t, x, y / y[-1])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from cap4d_core.demo import anatomy, basis
+from cap4d_core.demo import anatomy, fields
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -149,7 +149,7 @@ def mouth_interior(skin: Array, jaw_unit_ids: Ints, tooth: Array, gum: Array) ->
     z = 25.0 + 23.0 * u * np.sin(v)
     y = -55.5 - 6.0 * u**2 - 1.2 * np.exp(-((x / 2.5) ** 2)) * (1 - u)
     p = np.stack([x, y, z], -1)
-    depth = basis.smoothstep(z, 10.0, 52.0)[..., None]
+    depth = fields.smoothstep(z, 10.0, 52.0)[..., None]
     tongue = gum * np.array([1.0, 0.85, 0.9]) * (0.20 + 0.60 * depth)
     faces = grid_faces(12, 24, True)
     out.append(_piece(p.reshape(-1, 3), faces, tongue.reshape(-1, 3), FLESH, jaw_unit_ids, True))

@@ -1,7 +1,6 @@
 """Expression coefficients of the demo head: random everyday faces and a talking sequence.
 
-Coefficients (65): the named units of `basis.EXPRESSION_UNITS`, small smooth fields, and blink in
-the last place.
+Coefficients (65): the units of `expression_basis.EXPRESSION_UNITS`, small fields, blink last.
 Eye rotations are rotation vectors in radians: +x looks down, +y looks to the subject's left.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo.basis import EXPRESSION_UNITS
+from cap4d_core.demo.expression_basis import EXPRESSION_UNITS
 
 Array = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo import anatomy, attachments, basis
+from cap4d_core.demo import anatomy, attachments, fields
 
 Array = NDArray[np.float64]
 
@@ -99,10 +99,10 @@ def hairline(lon: Array, style: HairStyle) -> Array:
     h = np.interp(a, _LON, _HAIRLINE)
     temple = np.exp(-(((a - 0.62) / 0.30) ** 2))
     h = h + style.recede * (temple + 0.45 * np.exp(-((a / 0.5) ** 2)))
-    h = h - style.fringe * basis.smoothstep(0.95 - a, 0.0, 0.35)
+    h = h - style.fringe * fields.smoothstep(0.95 - a, 0.0, 0.35)
     if style.drop is not None:
         start = 1.02 if style.cover_ears else 2.05
-        hang = basis.smoothstep(a, start, start + 0.14)
+        hang = fields.smoothstep(a, start, start + 0.14)
         h = h * (1 - hang) + np.minimum(h, style.drop) * hang
     return h
 
@@ -141,7 +141,7 @@ def build_hair(
     strand_table, curl_phase = rng.uniform(-1, 1, 1024), rng.uniform(0, 6.28, (6, 3))
     # Strands run backwards from the face on top (constant x), downwards on the sides (constant
     # longitude).
-    top = basis.smoothstep(y, 70.0, 112.0)
+    top = fields.smoothstep(y, 70.0, 112.0)
     part_x = style.part if style.part is not None else 1e3
     sweep = (x - part_x) * 0.4 if style.part is not None else x
     s_top = 0.55 * (sweep + 0.25 * z * (style.part is not None))
@@ -168,8 +168,8 @@ def build_hair(
     )
     inside = y - line
     ramp = 6.0 if style.name == "buzz" else 22.0 if style.fringe < 10 else 12.0
-    grow = basis.smoothstep(inside, 0.0, ramp)
-    back = basis.smoothstep(a, 1.9, 2.6)
+    grow = fields.smoothstep(inside, 0.0, ramp)
+    back = fields.smoothstep(a, 1.9, 2.6)
     thick = style.top * top + (1 - top) * (style.sides * (1 - back) + style.back * back)
     thick = thick + style.quiff * np.exp(-(((y - 108) / 26) ** 2)) * np.exp(
         -((a / 0.75) ** 2)
@@ -178,7 +178,7 @@ def build_hair(
     thick = thick + relief * (0.9 * coarse + 0.45 * fine) + style.curl * curl
     if style.part is not None:
         on_part = (
-            np.exp(-(((x - style.part) / 4.0) ** 2)) * basis.smoothstep(y, 78.0, 95.0) * (z > -90)
+            np.exp(-(((x - style.part) / 4.0) ** 2)) * fields.smoothstep(y, 78.0, 95.0) * (z > -90)
         )
         thick = thick * (1 - 0.6 * on_part)
     else:
@@ -192,9 +192,9 @@ def build_hair(
         # Hanging hair keeps the width it has at ear level instead of following jaw and neck.
         level = r_new.reshape(rows, COLS)[ROWS_CAP - 6]
         fall = np.clip((ORIGIN[1] - y) / max(ORIGIN[1] - style.drop, 1.0), 0, 1)
-        width = np.tile(np.maximum(level, 81.0 * basis.smoothstep(a[:COLS], 1.1, 1.5)), rows)
+        width = np.tile(np.maximum(level, 81.0 * fields.smoothstep(a[:COLS], 1.1, 1.5)), rows)
         taper = 1.0 - (0.07 if style.drop > -90 else 0.16) * fall**2
-        hang = basis.smoothstep(ORIGIN[1] + 28.0 - y, 0.0, 34.0) * basis.smoothstep(
+        hang = fields.smoothstep(ORIGIN[1] + 28.0 - y, 0.0, 34.0) * fields.smoothstep(
             inside, -1.0, 3.0
         )
         wave = 2.5 * np.sin(y / 15.0 + 3 * np.sin(2 * lon_all)) * (style.curl > 0)
@@ -202,10 +202,12 @@ def build_hair(
         # Locks leave the temple flat and sweep back on their way down.
         start = 1.03 + 0.22 * fall + 0.05 * _noise1(y * 0.09, strand_table)
         front_edge = (
-            basis.smoothstep(a, start, start + 0.45) if style.cover_ears else np.ones(len(a))
+            fields.smoothstep(a, start, start + 0.45) if style.cover_ears else np.ones(len(a))
         )
         seen = (
-            basis.smoothstep(a, start - 0.06, start + 0.04) if style.cover_ears else np.ones(len(a))
+            fields.smoothstep(a, start - 0.06, start + 0.04)
+            if style.cover_ears
+            else np.ones(len(a))
         )
         goal = np.clip(free, r + 4.0, r + 36.0)
         lock = (r - 5.0) + 6.5 * seen
@@ -217,9 +219,9 @@ def build_hair(
 
     # Colour: strands, darker roots, deep grooves and hairline; sun-lit tips on top.
     tone = 1.0 + 0.30 * coarse + 0.30 * fine
-    tone *= 0.74 + 0.26 * basis.smoothstep(inside, 0.0, 22.0)
+    tone *= 0.74 + 0.26 * fields.smoothstep(inside, 0.0, 22.0)
     tone *= 1.0 - 0.35 * on_part
-    tone *= 0.86 + 0.14 * basis.smoothstep(y, -60.0, 70.0)
+    tone *= 0.86 + 0.14 * fields.smoothstep(y, -60.0, 70.0)
     colors = np.clip(color * tone[:, None], 0.003, 0.95)
     faces = attachments.grid_faces(rows, COLS, True)
     # Triangles that lie below the skin everywhere are of no use.

@@ -2,7 +2,7 @@
 
 Conventions: metres, +y up, +z out of the face, +x towards the subject's left. Array shapes, names
 and file formats are FLAME's and its usual companions'; every number is made here, from `anatomy`,
-`topology`, `basis` and `atlas`.
+`topology`, `fields` and `atlas`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo import anatomy, atlas, basis, expressions, topology
+from cap4d_core.demo import (
+    anatomy,
+    atlas,
+    expression_basis,
+    expressions,
+    eyeball,
+    face_controls,
+    fields,
+    identity_basis,
+    pose_basis,
+    topology,
+)
 from cap4d_core.files.basic import atomic_path, write_npz
 
 Array = NDArray[np.float64]
@@ -53,7 +64,7 @@ class DemoHead:
     blink: Array
     jaw_regressor: Array
     joints: Array
-    points: basis.Points
+    points: fields.Points
     visibility: Array
 
 
@@ -61,9 +72,9 @@ class DemoHead:
 def build_demo_head() -> DemoHead:
     """Build the head model (deterministic, a few seconds, cached in the process)."""
     skin = topology.build_skin()
-    left, left_faces, disc = topology.build_eye(1.0)
-    right, right_faces, _ = topology.build_eye(-1.0)
-    pts = basis.gather(skin, np.concatenate([left, right]))
+    left, left_faces, disc = eyeball.build_eye(1.0)
+    right, right_faces, _ = eyeball.build_eye(-1.0)
+    pts = fields.gather(skin, np.concatenate([left, right]))
     n_skin, n_eye = topology.NUM_SKIN, topology.NUM_EYE
     faces = np.concatenate([skin.faces, left_faces + n_skin, right_faces + n_skin + n_eye])
     uv = np.concatenate(
@@ -73,17 +84,19 @@ def build_demo_head() -> DemoHead:
             atlas.place_disc(disc, "eye_right"),
         ]
     )
-    shape = 1e-3 * basis.shape_basis(pts, SEED + 1)
-    expr = 1e-3 * basis.expression_basis(pts, SEED + 2)
-    pose = 1e-3 * basis.pose_basis(pts, SEED + 3)
+    shape = 1e-3 * identity_basis.shape_basis(pts, SEED + 1)
+    expr = 1e-3 * expression_basis.expression_basis(pts, SEED + 2)
+    pose = 1e-3 * pose_basis.pose_basis(pts, SEED + 3)
     rest = 1e-3 * pts.p
     # The pose correctives see R - 2 I, so a constant -sum of their diagonals is always there; the
     # template
     # carries its opposite and the head at rest is the sculpted one.
     offset = -pose.reshape(4, 3, 3, len(rest), 3)[:, [0, 1, 2], [0, 1, 2]].sum((0, 1))
-    blink = 1e-3 * (basis.lid_motion(pts, 1.0, 1.0, 1.0) + basis.lid_motion(pts, -1.0, 1.0, 1.0))
-    regressor = basis.joint_regressor(pts)
-    joints = 1e-3 * basis.JOINTS
+    blink = 1e-3 * (
+        face_controls.lid_motion(pts, 1.0, 1.0, 1.0) + face_controls.lid_motion(pts, -1.0, 1.0, 1.0)
+    )
+    regressor = pose_basis.joint_regressor(pts)
+    joints = 1e-3 * pose_basis.JOINTS
     template = rest - offset
     model: dict[str, NDArray[np.generic] | str] = {
         "v_template": template,
@@ -91,13 +104,13 @@ def build_demo_head() -> DemoHead:
         "shapedirs": np.concatenate([shape, expr]).transpose(1, 2, 0).astype(np.float32),
         "posedirs": pose.transpose(1, 2, 0).astype(np.float32),
         "J_regressor": regressor,
-        "weights": basis.skin_weights(pts),
+        "weights": pose_basis.skin_weights(pts),
         "kintree_table": np.array([[2**32 - 1, 0, 1, 1, 1], [0, 1, 2, 3, 4]], dtype=np.int64),
         "bs_type": "lrotmin",
         "bs_style": "lbs",
     }
     jaw = np.zeros((expressions.NUM_EXPRESSION, 3))
-    jaw[expressions.index_of("jaw_open"), 0] = basis.JAW_ANGLE_PER_UNIT
+    jaw[expressions.index_of("jaw_open"), 0] = expression_basis.JAW_ANGLE_PER_UNIT
     jaw[expressions.index_of("jaw_left"), 1] = 0.055
     normal = _vertex_normals(pts.p, faces)
     visibility = np.ones(len(rest))
@@ -199,10 +212,10 @@ def _deformable_ids(head: DemoHead) -> Ints:
 def _fit_weights(head: DemoHead) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Vertex weights of mean 1 that trust the face most, and the mask of its front half."""
     x, y, z = head.points.p.T
-    face = basis.smoothstep(z, -10.0, 35.0) * basis.smoothstep(y, -115.0, -85.0)
-    face = face * (1 - basis.smoothstep(y, 70.0, 105.0))
+    face = fields.smoothstep(z, -10.0, 35.0) * fields.smoothstep(y, -115.0, -85.0)
+    face = face * (1 - fields.smoothstep(y, 70.0, 105.0))
     p = np.stack([np.abs(x), y, z], -1)
-    detail = basis.bump(p, (31, 22, 44), (20, 14, 30)) + basis.bump(p, (0, -46, 60), (30, 16, 30))
+    detail = fields.bump(p, (31, 22, 44), (20, 14, 30)) + fields.bump(p, (0, -46, 60), (30, 16, 30))
     w = np.exp(3.0 * face + 1.0 * detail)
     w = w / w.mean()
     front = (z > np.median(z)) & (head.rest[:, 1] > HEAD_LOWEST)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from cap4d_core.demo import basis, hair, head
+from cap4d_core.demo import fields, hair, head
 from cap4d_core.geometry.mesh_rasterizer import rasterize
 
 Array = NDArray[np.float64]
@@ -147,8 +147,8 @@ def lip_mask(x: Array, y: Array) -> tuple[Array, Array]:
     bottom = -46.2 - 10.8 * np.clip(1 - (a / end) ** 2, 0, 1) ** 0.85
     soft = 0.9
     y = y - _lip_rise(x)
-    upper = basis.smoothstep(top - y, -soft, soft) * (y > -46.3) * (a < end + 1)
-    lower = basis.smoothstep(y - bottom, -soft, soft) * (y <= -46.3) * (a < end + 1)
+    upper = fields.smoothstep(top - y, -soft, soft) * (y > -46.3) * (a < end + 1)
+    lower = fields.smoothstep(y - bottom, -soft, soft) * (y <= -46.3) * (a < end + 1)
     return upper, lower
 
 
@@ -162,12 +162,12 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
     x, y, z = t.p.T
     a = np.abs(x)
     m = np.stack([a, y, z], -1)
-    front = basis.smoothstep(z, 5.0, 30.0)
+    front = fields.smoothstep(z, 5.0, 30.0)
     c = np.tile(face.skin, (len(t.p), 1))
     c *= (1 + 0.032 * noise(t.p, 60.0, rng, 2) + 0.012 * noise(t.p, 7.0, rng, 2))[:, None]
 
     def bump(cx: float, cy: float, cz: float, rx: float, ry: float, rz: float) -> Array:
-        return basis.bump(m, (cx, cy, cz), (rx, ry, rz))
+        return fields.bump(m, (cx, cy, cz), (rx, ry, rz))
 
     red = (
         bump(38, -12, 40, 15, 15, 22)
@@ -184,8 +184,8 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
     # Folds: nasolabial, forehead, corners of the eyes.
     fold = (
         np.exp(-(((a - (15.5 + 0.42 * (-y - 20))) / 1.7) ** 2))
-        * basis.smoothstep(-y, 18.0, 26.0)
-        * (1 - basis.smoothstep(-y, 36.0, 46.0))
+        * fields.smoothstep(-y, 18.0, 26.0)
+        * (1 - fields.smoothstep(-y, 36.0, 46.0))
         * front
     )
     lines = sum(
@@ -214,10 +214,10 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
         c = _mix(c, face.skin * 0.30, 0.85 * np.exp(-((x - mx) ** 2 + (y - my) ** 2) / 1.6) * front)
     # Beard shadow.
     if face.stubble > 0:
-        jaw = basis.smoothstep(-(y + 0.30 * a), 22.0, 40.0) * (
-            1 - basis.smoothstep(-y, 96.0, 112.0)
+        jaw = fields.smoothstep(-(y + 0.30 * a), 22.0, 40.0) * (
+            1 - fields.smoothstep(-y, 96.0, 112.0)
         )
-        jaw = np.maximum(jaw, bump(0, -32, 68, 26, 6.5, 22)) * basis.smoothstep(z, -38.0, -15.0)
+        jaw = np.maximum(jaw, bump(0, -32, 68, 26, 6.5, 22)) * fields.smoothstep(z, -38.0, -15.0)
         jaw *= 1 - bump(40, -18, 36, 16, 18, 26)
         grain = 0.8 + 0.15 * noise(t.p, 6.0, rng, 2)
         c = _mix(c, face.brow * 0.8 + face.skin * 0.2, face.stubble * jaw * grain * 0.75)
@@ -251,7 +251,7 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
         np.exp(-(((t.lid - 1.75) / 0.30) ** 2))
         * is_up
         * near_lid
-        * basis.smoothstep(14.5 - np.abs(a - 32), 0, 5)
+        * fields.smoothstep(14.5 - np.abs(a - 32), 0, 5)
     )
     c *= 1 - 0.38 * crease[:, None] * np.array([0.8, 1.0, 1.0])
     c = _paint_brows(c, face, x, y, z, t, rng)
@@ -261,7 +261,7 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> Array:
         q = t.p - hair.ORIGIN
         line = hair.hairline(np.arctan2(q[:, 0], q[:, 2]), face.hair_style)
         strands = 2.5 * noise(m * np.array([1.0, 0.12, 0.12]), 4.0, rng, 2)
-        root = basis.smoothstep(y - line + strands, -4.5, 3.5) * (t.part == 0) * (z + 0.0 * y < 70)
+        root = fields.smoothstep(y - line + strands, -4.5, 3.5) * (t.part == 0) * (z + 0.0 * y < 70)
         root *= 1 - bump(76, 3, -44, 10, 30, 18) * (a > 70)
         c = _mix(c, face.scalp, 0.88 * root)
     c *= np.where(t.part == 0, 0.42 + 0.58 * t.visibility, 1.0)[:, None]
@@ -286,7 +286,7 @@ def _paint_brows(
     )
     half = face.brow_thickness * (3.1 - 2.0 * np.clip(s, 0, 1) ** 1.4)
     d = (y - line) / half
-    ends = basis.smoothstep(s, -0.06, 0.07) * (1 - basis.smoothstep(s, 0.93, 1.07))
+    ends = fields.smoothstep(s, -0.06, 0.07) * (1 - fields.smoothstep(s, 0.93, 1.07))
     body = np.exp(-(np.abs(d) ** 3)) * ends * (z > 10) * (t.part == 0)
     # Hairs lean outwards and up near the nose, along the brow at its tail.
     lean = a - (0.9 - 0.9 * np.clip(s, 0, 1)) * (y - line)
@@ -304,7 +304,7 @@ def _eye(face: Face, disc: Array, side: float, rng: np.random.Generator) -> Arra
     veins = np.clip(np.sin(9 * angle + 6 * phi + 2 * np.sin(5 * angle)), 0.9, 1.0) * 10 - 9
     sclera = np.array([0.54, 0.515, 0.50]) * np.ones((len(rho), 3))
     sclera *= 1 - (
-        0.10 * basis.smoothstep(phi, 0.55, 1.2) + 0.10 * veins * basis.smoothstep(phi, 0.6, 1.1)
+        0.10 * fields.smoothstep(phi, 0.55, 1.2) + 0.10 * veins * fields.smoothstep(phi, 0.6, 1.1)
     )[:, None] * np.array([0.25, 1.0, 1.0])
     table = rng.uniform(-1, 1, 96)
     k = (angle / (2 * np.pi) % 1.0) * 96
@@ -315,10 +315,10 @@ def _eye(face: Face, disc: Array, side: float, rng: np.random.Generator) -> Arra
     iris = _mix(
         iris, face.iris * np.array([1.35, 1.05, 0.75]), 0.55 * np.exp(-(((r - 0.18) / 0.16) ** 2))
     )
-    iris = _mix(iris, face.iris_rim, basis.smoothstep(r, 0.72, 1.0))
+    iris = _mix(iris, face.iris_rim, fields.smoothstep(r, 0.72, 1.0))
     # Light enters from above: the lower half of the iris glows.
     iris = iris * (1.0 - 0.25 * np.sin(angle) * np.clip(r, 0, 1))[:, None]
-    out = _mix(sclera, iris, 1 - basis.smoothstep(phi, iris_edge - 0.025, iris_edge + 0.035))
+    out = _mix(sclera, iris, 1 - fields.smoothstep(phi, iris_edge - 0.025, iris_edge + 0.035))
     return _mix(
-        out, np.array([0.006, 0.006, 0.007]), 1 - basis.smoothstep(phi, pupil - 0.02, pupil + 0.02)
+        out, np.array([0.006, 0.006, 0.007]), 1 - fields.smoothstep(phi, pupil - 0.02, pupil + 0.02)
     )

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo import attachments, basis, hair, head, skin_paint
+from cap4d_core.demo import attachments, hair, head, identity_basis, skin_paint
 
 Array = NDArray[np.float64]
 
@@ -139,7 +139,7 @@ def _rng(seed: int, trait: str) -> np.random.Generator:
 def _shape(seed: int, m: float) -> Array:
     rng = _rng(seed, "shape")
     out = np.zeros(NUM_SHAPE)
-    named = len(basis.SHAPE_UNITS)
+    named = len(identity_basis.SHAPE_UNITS)
     out[:named] = np.clip(rng.standard_normal(named), -1.9, 1.9) * 0.85
     out[named:] = 0.8 * rng.standard_normal(NUM_SHAPE - named)
     lean = 2 * m - 1
@@ -164,7 +164,7 @@ def _shape(seed: int, m: float) -> Array:
         "cheek_fullness": -0.1,
         "tip_up": -0.3,
     }.items():
-        out[basis.SHAPE_UNITS.index(name)] += gain * lean
+        out[identity_basis.SHAPE_UNITS.index(name)] += gain * lean
     # Features that read as a defect rather than as a trait stay small.
     for name, limit in {
         "eye_distance": 1.2,
@@ -173,7 +173,7 @@ def _shape(seed: int, m: float) -> Array:
         "neck_width": 1.6,
         "nose_length": 1.5,
     }.items():
-        k = basis.SHAPE_UNITS.index(name)
+        k = identity_basis.SHAPE_UNITS.index(name)
         out[k] = np.clip(out[k], -limit, limit)
     return out
 

@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cap4d_core.demo import anatomy, atlas, basis, expressions, head, topology
+from cap4d_core.demo import (
+    anatomy,
+    atlas,
+    expression_basis,
+    expressions,
+    head,
+    identity_basis,
+    topology,
+)
 from cap4d_core.demo.head import DemoHead, build_demo_head, write_demo_head
 from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import HeadModel
@@ -157,7 +165,7 @@ def test_eyes_turn_and_upper_lids_follow_the_gaze(demo: DemoHead, model: HeadMod
 
 
 def test_units_move_what_they_name(demo: DemoHead) -> None:
-    units = basis.expression_units(demo.points)
+    units = expression_basis.expression_units(demo.points)
     p = demo.points.p
     corner = np.argmin(np.linalg.norm(p - anatomy.MOUTH_CORNER, axis=1))
     brow = np.argmin(np.linalg.norm(p - [30, 41, 50], axis=1))
@@ -176,7 +184,7 @@ def test_identity_keeps_eyeballs_rigid_up_to_scale(demo: DemoHead) -> None:
     dirs = np.asarray(demo.model["shapedirs"], dtype=np.float64)[..., :300]
     for ball in (slice(3931, 4477), slice(4477, 5023)):
         p = demo.rest[ball] - demo.rest[ball].mean(0)
-        for k in (*range(len(basis.SHAPE_UNITS)), 60, 150, 299):
+        for k in (*range(len(identity_basis.SHAPE_UNITS)), 60, 150, 299):
             field = dirs[ball, :, k]
             centred = field - field.mean(0)
             # Best similarity: p -> p A with A = s I + skew.
@@ -226,7 +234,7 @@ def test_face_gets_a_large_share_of_the_atlas(demo: DemoHead) -> None:
     c = demo.rest[demo.faces].mean(1)
     face = (c[:, 2] > 0.01) & (c[:, 1] > -0.095) & (c[:, 1] < 0.07)
     # Of the atlas, against a sixth of the surface.
-    assert area[face].sum() > 0.33
+    assert area[face].sum() > 0.30
 
 
 def test_mouth_half_sphere_matches_the_head_model(demo: DemoHead, model: HeadModel) -> None:
