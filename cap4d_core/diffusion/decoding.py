@@ -10,8 +10,12 @@ Shards write into one folder, so each declares only its index.
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import cap4d_core
-from cap4d_core.diffusion.network_setup import load_autoencoder, matmul_precision
+from cap4d_core.diffusion.autoencoder import Autoencoder
+from cap4d_core.diffusion.network_setup import (
+    choose_precision,
+    load_autoencoder,
+    matmul_precision,
+)
 from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_from_network
 from cap4d_core.diffusion.sampling import read_shard
 from cap4d_core.diffusion.sampling_checkpoint import fingerprint
@@ -38,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Views decoded between two updates of the partial index.
 VIEWS_PER_UPDATE = 8
+# Threads that compress and write images.
+MAX_WRITERS = 8
 CONTACT_VIEWS = 32
 
 
@@ -61,7 +72,8 @@ def decode_views(
         mmdm_dir: folder written by prepare_mmdm.
         output_dir: the image set, shared by all shards.
         index_path: index file of this shard.
-        settings: resolution, low_memory, parity (cuts bytes off instead of rounding).
+        settings: resolution, low_memory, precision (16 bits allowed or not), parity (float32, and
+            cuts bytes off instead of rounding).
         device: where the autoencoder runs.
         callback: called per batch.
 
@@ -88,6 +100,8 @@ def decode_views(
         parts.append(latents)
         view_ids += ids
     all_latents = torch.cat(parts)
+    precision = choose_precision(settings.precision, device)
+    half = device.type == "cuda" and precision in ("bf16", "fp16") and not settings.parity
     source = fingerprint(
         {
             "latents": [sha256_file(path) for path in latents_files],
@@ -96,6 +110,7 @@ def decode_views(
             "parity": settings.parity,
             "low_memory": settings.low_memory,
             "device": device.type,
+            "half": half,
         }
     )
     partial = index_path.with_suffix(".partial.json")
@@ -105,21 +120,41 @@ def decode_views(
     ]
     if files:
         logger.info("Resuming: %d of %d views are there.", len(view_ids) - len(todo), len(view_ids))
-    autoencoder, _ = load_autoencoder(mmdm_dir, settings, device)
-    with torch.no_grad(), matmul_precision("fp32" if settings.parity else "tf32"):
-        for done, row in enumerate(todo, start=len(view_ids) - len(todo) + 1):
-            # One by one: the bits of an image must not depend on what is decoded with it.
-            latent = all_latents[row : row + 1].to(device)
-            image = autoencoder.decode(latent, tiled=settings.low_memory)[0]
-            view = view_ids[row]
-            write_image(output_dir / _image(view), _bytes(image, settings.parity))
-            write_view_parameters(output_dir / _parameters(view), plan.views[view])
-            for name in (_image(view), _parameters(view)):
-                files[name] = sha256_file(output_dir / name)
-            if done % VIEWS_PER_UPDATE == 0:
-                write_json(partial, {"source": source, "files": files})
-            if callback is not None:
-                callback(Progress(done, len(view_ids), "view"))
+    decoder = _Decoder(load_autoencoder(mmdm_dir, settings, device)[0], device, half, settings)
+
+    def save(view: int, image: Tensor) -> dict[str, str]:
+        write_image(output_dir / _image(view), _bytes(image, settings.parity))
+        write_view_parameters(output_dir / _parameters(view), plan.views[view])
+        return {
+            name: sha256_file(output_dir / name) for name in (_image(view), _parameters(view))
+        }
+
+    finished = 0
+    saving: deque[Future[dict[str, str]]] = deque()
+
+    def register() -> None:
+        nonlocal finished
+        files.update(saving.popleft().result())
+        finished += 1
+        if finished % VIEWS_PER_UPDATE == 0:
+            write_json(partial, {"source": source, "files": files})
+        if callback is not None:
+            callback(Progress(len(view_ids) - len(todo) + finished, len(view_ids), "view"))
+
+    workers = min(_available_cpus(), MAX_WRITERS)
+    # Compression takes longer than decoding on a GPU and runs outside Python's lock.
+    with (
+        torch.no_grad(),
+        matmul_precision("fp32" if settings.parity else "tf32"),
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for row in todo:
+            image = decoder.decode(all_latents[row : row + 1])
+            saving.append(pool.submit(save, view_ids[row], image))
+            while len(saving) > 2 * workers or (saving and saving[0].done()):
+                register()
+        while saving:
+            register()
     shown = [view_ids[i] for i in evenly_spaced(len(view_ids), CONTACT_VIEWS)]
     sheet = contact_sheet([read_rgb(output_dir / _image(view)) for view in shown])
     write_image(index_path.with_suffix(".png"), sheet)
@@ -132,6 +167,40 @@ def decode_views(
         },
     )
     partial.unlink(missing_ok=True)
+
+
+class _Decoder:
+    """Latents (1, 4, h, w) to images (3, H, W) in host memory, one by one.
+
+    The bits of an image must not depend on what is decoded with it, so there are no batches.
+
+    With `half` in float16, whose 11 bits are no coarser than TF32's; an image that overflows is
+    decoded in float32.
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, device: torch.device, half: bool, settings: SamplingSettings
+    ) -> None:
+        self.device = device
+        self.tiled = settings.low_memory
+        if device.type == "cuda" and not settings.parity:
+            autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.full = autoencoder
+        self.half = copy.deepcopy(autoencoder).half() if half else None
+
+    def decode(self, latent: Tensor) -> Tensor:
+        latent = latent.to(self.device)
+        if self.half is not None:
+            image = self.half.decode(latent, tiled=self.tiled)[0].cpu()
+            if bool(torch.isfinite(image).all()):
+                return image
+        return self.full.decode(latent, tiled=self.tiled)[0].cpu()
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _image(view: int) -> str:
