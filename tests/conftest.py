@@ -14,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--goldens", action="append", default=[], help="directory of reference arrays; repeatable"
     )
     parser.addoption(
+        "--parity-table",
+        type=Path,
+        default=None,
+        help="write the table of parity errors into this Markdown file",
+    )
+    parser.addoption(
         "--fix", action="store_true", help="rewrite generated files instead of failing"
     )
 

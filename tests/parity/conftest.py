@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.parity.goldens import SLOW, Golden, manifest_entries
 
@@ -59,17 +61,39 @@ def golden(golden_file: tuple[Path, Path], request: pytest.FixtureRequest) -> Go
     return result
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Table: file, arrays compared, ignored, max abs error, tolerance of that array."""
     if not _finished:
         return
+    rows = [_row(golden) for golden in _finished]
     terminalreporter.section("parity")
     terminalreporter.write_line(
         f"{'file':32} {'compared':>8} {'ignored':>7} {'max abs error':>13}  array, tolerance"
     )
-    for golden in _finished:
-        worst = max(golden.comparisons, key=lambda c: c.max_error, default=None)
-        detail = f"{worst.name}, {worst.tolerance}" if worst else "-"
-        error = f"{worst.max_error:13.3g}" if worst else f"{'-':>13}"
-        counts = f"{len(golden.comparisons):8d} {len(golden.ignored):7d}"
-        terminalreporter.write_line(f"{golden.stem:32} {counts} {error}  {detail}")
+    for stem, compared, ignored, error, detail in rows:
+        terminalreporter.write_line(f"{stem:32} {compared:8d} {ignored:7d} {error:>13}  {detail}")
+    document = config.getoption("--parity-table")
+    if document:
+        _write_table(document, rows)
+
+
+def _row(golden: Golden) -> tuple[str, int, int, str, str]:
+    worst = max(golden.comparisons, key=lambda c: c.max_error, default=None)
+    error = f"{worst.max_error:.3g}" if worst else "-"
+    detail = f"{worst.name}, {worst.tolerance}" if worst else "-"
+    return golden.stem, len(golden.comparisons), len(golden.ignored), error, detail
+
+
+def _write_table(document: Path, rows: list[tuple[str, int, int, str, str]]) -> None:
+    """Replaces what stands between the two markers of the document."""
+    begin, end = "<!-- parity table: begin -->", "<!-- parity table: end -->"
+    before, _, rest = document.read_text("utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    machine = f"{platform.machine()}, {platform.system()}, torch {torch.__version__}"
+    lines = [f"Measured on: {machine}, CPU.", ""]
+    lines += ["| file | compared | ignored | max abs error | where, tolerance |"]
+    lines += ["|---|---|---|---|---|"]
+    lines += [f"| {s} | {c} | {i} | {e} | `{d.replace('|', '/')}` |" for s, c, i, e, d in rows]
+    document.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}", "utf-8")

@@ -158,7 +158,9 @@ class Golden:
         worst = float(np.nanmax(error, initial=0.0)) if error.size else 0.0
         if np.isnan(error).any():
             worst = float("nan")
-        parts = [f"atol {atol:g}"] if atol or not (rtol or rel_to_peak) else []
+        parts = [f"mean <= {mean_atol:g}"] if mean_atol is not None else []
+        if np.isfinite(atol) and (atol or not (rtol or rel_to_peak)):
+            parts.append(f"atol {atol:g}")
         parts += [f"rtol {rtol:g}"] if rtol else []
         parts += [f"{rel_to_peak:g} of peak"] if rel_to_peak else []
         parts += [f"<= {100 * max_outliers:g} % beyond"] if max_outliers else []
