@@ -37,8 +37,37 @@ class HeadModelSettings(StrictModel):
 class TrackingSettings(StrictModel):
     """Fit of the head model to the input (rules track_subject, track_driving)."""
 
-    backend: Literal["precomputed"] = Field(
-        "precomputed", description="'precomputed' imports ready fits in the released format."
+    backend: Literal["landmarks", "pixel3dmm", "precomputed"] = Field(
+        "landmarks",
+        description="How photos and videos are tracked: 'landmarks' = the built-in tracker; "
+        "'pixel3dmm' = an installed Pixel3DMM; 'precomputed' = not at all, only ready fits are "
+        "taken. Rows that bring a ready fit are imported whatever is said here.",
+    )
+    frame_step: int | None = Field(
+        None,
+        ge=1,
+        description="Use every n-th photo or video frame; null = all, of reference videos at most "
+        "about 300.",
+    )
+    max_frames: int | None = Field(None, ge=1, description="Use at most so many frames.")
+    start_s: float | None = Field(None, ge=0, description="Skip so many seconds of a video.")
+    end_s: float | None = Field(None, gt=0, description="Stop there in a video, seconds.")
+    focal_px: float | None = Field(
+        None,
+        gt=0,
+        description="Known focal length in pixels; null = from EXIF, else estimated.",
+    )
+    smoothness: float = Field(
+        1.0, ge=0, description="Smoothing over time of video fits; 0 = frames on their own."
+    )
+    face: Literal["largest", "central", "left", "right"] = Field(
+        "largest", description="Which face to track when there are several."
+    )
+    max_references: int = Field(
+        100, ge=1, description="Reference frames to choose from photos or a video."
+    )
+    pixel3dmm_path: str | None = Field(
+        None, description="Pixel3DMM checkout; null = the environment variable PIXEL3DMM_PATH."
     )
     foreign_basis: bool = Field(
         False,

@@ -1,9 +1,9 @@
 """Import of released avatar checkpoints (`chkpnt{iteration}.pth`).
 
-Layout: (dict, iteration); dict holds shape, base_rot, deform_net (state dict) and gaussians, a tuple
-of 14: active SH degree, xyz, f_dc, f_rest, scaling, rotation, opacity, binding, binding_counter,
-max_radii2D, gradient sums, counts, Adam state, spatial rate factor. Only tensors and numpy arrays are
-unpickled.
+Layout: (dict, iteration); dict holds shape, base_rot, deform_net (state dict) and gaussians, a
+tuple of 14: active SH degree, xyz, f_dc, f_rest, scaling, rotation, opacity, binding,
+binding_counter, max_radii2D, gradient sums, counts, Adam state, spatial rate factor. Only tensors
+and numpy arrays are unpickled.
 """
 
 from __future__ import annotations

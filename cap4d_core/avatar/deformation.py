@@ -1,8 +1,8 @@
-"""Deformation network: per-pixel offsets of the UV mesh, predicted from the head model's expression.
+"""Deformation network: offsets of the UV mesh per pixel, predicted from the head's expression.
 
-A pix2pix U-Net (Isola et al. 2017) on UV maps. Input: expression offsets divided by OFFSET_UNIT and a
-positional encoding of the pixel; output: offsets divided by OFFSET_UNIT. Parameter names and shapes
-are those of the released avatar checkpoints.
+A pix2pix U-Net (Isola et al. 2017) on UV maps. Input: expression offsets divided by OFFSET_UNIT and
+a positional encoding of the pixel; output: offsets divided by OFFSET_UNIT. Parameter names and
+shapes are those of the released avatar checkpoints.
 """
 
 from __future__ import annotations

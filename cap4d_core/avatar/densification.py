@@ -88,8 +88,8 @@ class SplatTensors(nn.Module):
     """Local parameters of N splats bound to F faces.
 
     xyz (N, 3) in units of the face; f_dc (N, 1, 3) and f_rest (N, 15, 3) spherical harmonics;
-    opacity (N, 1) logits; scaling (N, 3) logarithms, relative to the face; rotation (N, 4) wxyz, not
-    normalised; binding (N,) face of each splat; binding_counter (F,) int32 splats of each face.
+    opacity (N, 1) logits; scaling (N, 3) logarithms, relative to the face; rotation (N, 4) wxyz,
+    not normalised; binding (N,) face of each splat; binding_counter (F,) int32 splats of each face.
     """
 
     xyz: nn.Parameter
@@ -246,7 +246,8 @@ def densify_and_prune(
     """Clones small and splits large splats with large gradients, then prunes faint and huge ones.
 
     Args:
-        splats: changed in place. adam: its moments follow.
+        splats: changed in place.
+        adam: its moments follow.
         statistics: accumulated since the last call; starts anew.
         face_scale: (F, 1) metres.
         threshold: mean screen gradient (loss per pixel) from which a splat is multiplied.

@@ -21,8 +21,8 @@ from cap4d_core.geometry.rotations import matrix_to_quaternion
 class FaceFrames:
     """Frames of F faces in B meshes.
 
-    rotation (B, F, 3, 3); scale (B, F, 1) metres; centre (B, F, 3); quaternion (B, F, 4) wxyz, computed
-    when first asked for.
+    rotation (B, F, 3, 3); scale (B, F, 1) metres; centre (B, F, 3); quaternion (B, F, 4) wxyz,
+    computed when first asked for.
     """
 
     rotation: Tensor

@@ -41,7 +41,8 @@ def psnr(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB per image over a mask.
 
     Args:
-        image: (B, 3, H, W) in 0..1. target: likewise.
+        image: (B, 3, H, W) in 0..1.
+        target: likewise.
         mask: (B, 1, H, W) bool.
     """
     weight = mask.float()
@@ -51,7 +52,7 @@ def psnr(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate_views(trainer: AvatarTrainer, rows: Sequence[int]) -> dict[str, float]:
-    """Mean PSNR, SSIM (and LPIPS) of views; `psnr_subject` inside the dilated matte if there is one."""
+    """Mean PSNR, SSIM (and LPIPS) of views; `psnr_subject` inside dilated mattes where given."""
     index = torch.tensor(list(rows), device=trainer.device)
     image = render_views(trainer, rows)
     batch = trainer.data.batch(index)

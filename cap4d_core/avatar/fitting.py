@@ -117,8 +117,8 @@ def load_lpips(settings: FittingSettings, device: torch.device | str) -> Lpips |
     if settings.lpips_weights is not None:
         return Lpips.load(settings.lpips_weights, parity=settings.parity, device=str(device))
     hint = (
-        "Set fitting.lpips_weights to a VGG16 + LPIPS file, or to a folder with torchvision's VGG16 "
-        "and the heads of richzhang/PerceptualSimilarity (lpips/weights/v0.1/vgg.pth)."
+        "Set fitting.lpips_weights to a VGG16 + LPIPS file, or to a folder with torchvision's "
+        "VGG16 and the heads of richzhang/PerceptualSimilarity (lpips/weights/v0.1/vgg.pth)."
     )
     if settings.require_lpips:
         raise MissingAssetError(f"fitting.require_lpips is set, but no LPIPS weights. {hint}")
@@ -184,15 +184,16 @@ def _check(trainer: AvatarTrainer, iteration: int, means: list[float], checkpoin
     bad = [name for name, value in zip(LOSS_NAMES, means, strict=True) if not math.isfinite(value)]
     if bad:
         raise DivergedError(
-            f"The fit diverged before iteration {iteration}: {', '.join(bad)} not finite. Lower the "
-            f"learning rates (fitting.lr_*) or look for broken inputs (tracking/overlay). {kept}"
+            f"The fit diverged before iteration {iteration}: {', '.join(bad)} not finite. Lower "
+            "the learning rates (fitting.lr_*) or look for broken inputs (tracking/overlay). "
+            f"{kept}"
         )
     count, limit = len(trainer.avatar.splats), trainer.settings.max_gaussians
     if count > limit:
         raise DivergedError(
             f"The fit reached {count} splats at iteration {iteration}, more than "
-            f"fitting.max_gaussians ({limit}). Raise fitting.densify_grad_threshold, or that limit. "
-            f"{kept}"
+            f"fitting.max_gaussians ({limit}). Raise fitting.densify_grad_threshold, or that "
+            f"limit. {kept}"
         )
 
 

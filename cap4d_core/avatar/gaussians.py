@@ -1,8 +1,8 @@
 """The Gaussian avatar: splats bound to the UV grid mesh of the head model, posed by its expression.
 
-Frames: vertices and splats are in OpenCV axes (y down, z away from the viewer of a frontal face) with
-the head at the origin; cameras move instead (`cap4d_core.geometry.cameras.head_to_origin`). Lengths
-in metres, quaternions wxyz.
+Frames: vertices and splats are in OpenCV axes (y down, z away from the viewer of a frontal face)
+with the head at the origin; cameras move instead (`cap4d_core.geometry.cameras.head_to_origin`).
+Lengths in metres, quaternions wxyz.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NECK_LIMIT = 0.15
 class HeadMaps:
     """The head model on the UV grid, before refinement.
 
-    positions (B, R, R, 3) and offsets (B, R, R, 3) of the expression from rest, metres, OpenCV axes.
+    positions (B, R, R, 3) and offsets (B, R, R, 3) of the expression; metres, OpenCV axes.
     """
 
     positions: Tensor
@@ -51,8 +51,8 @@ class HeadMaps:
 class MeshMaps:
     """The refined mesh of B frames.
 
-    vertices (B, R*R, 3); deformation (B, R, R, 3) added to the head model, metres; with regularisers
-    also vertices_neutral: the mesh refined without knowledge of the expression.
+    vertices (B, R*R, 3); deformation (B, R, R, 3) added to the head model, metres; with
+    regularisers also vertices_neutral: the mesh refined without knowledge of the expression.
     """
 
     vertices: Tensor
@@ -88,7 +88,8 @@ def relative_neck_rotation(rot: Tensor, base_rot: Tensor) -> Tensor:
     q = log(R(rot)^-1 R(base)), each component limited softly to 0.15 rad.
 
     Args:
-        rot: (T, 3) head rotations. base_rot: (3,).
+        rot: (T, 3) head rotations.
+        base_rot: (3,).
     """
     relative = so3_log(so3_exp(rot).transpose(-1, -2) @ so3_exp(base_rot))
     return NECK_LIMIT * torch.tanh(relative / NECK_LIMIT)
@@ -214,8 +215,11 @@ class GaussianAvatar(nn.Module):
         """Runs the head model for B frames and resamples it on the UV grid.
 
         Args:
-            expr: (B, 65). eye_rot: (B, 3). neck_rot: (B, 3).
-            rot, tra: (B, 3) head pose; zero in all products of this package.
+            expr: (B, 65).
+            eye_rot: (B, 3).
+            neck_rot: (B, 3).
+            rot: (B, 3) head rotation; zero in all products of this package.
+            tra: (B, 3) head translation; likewise.
         """
         batch = expr.shape[0]
         zero = torch.zeros_like(eye_rot)
@@ -286,7 +290,8 @@ class GaussianAvatar(nn.Module):
         """Splats and mesh of B frames, head at the origin.
 
         Args:
-            expr: (B, 65). eye_rot: (B, 3) rotation vectors.
+            expr: (B, 65).
+            eye_rot: (B, 3) rotation vectors.
             neck_rot: (B, 3); default: the mean of those learned in the fit.
             with_regularisers: also what the regularisers compare with.
         """
@@ -339,7 +344,9 @@ def initial_splats(
     """Splats spread over their faces, grey, faint, smaller where a face has many.
 
     Args:
-        vertices: (V, 3) rest positions. faces: (F, 3). count: (F,) splats per face.
+        vertices: (V, 3) rest positions.
+        faces: (F, 3).
+        count: (F,) splats per face.
         settings: seed; parity starts in one octant of the face's frame instead.
     """
     face = torch.repeat_interleave(torch.arange(len(count)), count)

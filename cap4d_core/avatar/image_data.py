@@ -42,8 +42,11 @@ class Split:
 
 @dataclass
 class ViewBatch:
-    """B views: image (B, 3, H, W) in 0..1, mask (B, 1, H, W) bool, world_to_camera (B, 4, 4),
-    intrinsics (B, 3, 3), rows (B,) of the per-view tables."""
+    """B views.
+
+    image (B, 3, H, W) in 0..1; mask (B, 1, H, W) bool; world_to_camera (B, 4, 4); intrinsics
+    (B, 3, 3); rows (B,) of the tables per view.
+    """
 
     image: Tensor
     mask: Tensor
@@ -57,9 +60,9 @@ class ImageData:
     """N views of equal size.
 
     images (N, H, W, 3) uint8; mask_rows (N, H) and mask_columns (N, W) bool, whose product is the
-    part of the crop that shows the photo; mattes (N, H, W) uint8 or None; world_to_camera (N, 4, 4);
-    intrinsics (N, 3, 3) pixels; expr (N, 65); eye_rot (N, 3); shape (150,) of the first view;
-    names of the image files.
+    part of the crop that shows the photo; mattes (N, H, W) uint8 or None; world_to_camera
+    (N, 4, 4); intrinsics (N, 3, 3) pixels; expr (N, 65); eye_rot (N, 3); shape (150,) of the first
+    view; names of the image files.
     """
 
     images: Tensor
@@ -118,9 +121,9 @@ class ImageData:
 def split_views(num_views: int, parity: bool = False) -> Split:
     """Which views are held out.
 
-    A tenth of the views, at most 10, taken from the end; none when there are fewer than 10 views, as
-    every photo counts then. Parity: at least one always, which leaves nothing to train on when there
-    is a single view; the fit then trains on all.
+    A tenth of the views, at most 10, taken from the end; none when there are fewer than 10 views,
+    as every photo counts then. Parity: at least one always, which leaves nothing to train on when
+    there is a single view; the fit then trains on all.
     """
     held_out = min(MAX_HELD_OUT, num_views // 10)
     if parity:

@@ -151,7 +151,8 @@ def relative_rotation_loss(rotation: Tensor, rotation_neutral: Tensor) -> Tensor
     """How much expressions turn faces beyond the head model: mean squared angle.
 
     Args:
-        rotation: (B, F, 3, 3) face frames. rotation_neutral: the same without expression offsets.
+        rotation: (B, F, 3, 3) face frames.
+        rotation_neutral: the same without expression offsets.
     """
     relative = rotation_neutral.transpose(-1, -2) @ rotation
     return squared_rotation_angle(relative).mean()

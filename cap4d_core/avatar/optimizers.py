@@ -1,8 +1,9 @@
 """Optimisers of the avatar fit: Adam for splats and network, a row-wise Adam for the neck.
 
-With B views per step the gradient is a mean over B and its noise falls with sqrt(B); learning rates
-then grow with sqrt(B), epsilon shrinks with it and the moments forget B times faster per step, so
-that a step of B views stands for B steps of one (Malladi et al. 2022). B = 1 is the published set-up.
+With B views per step the gradient is a mean over B and its noise falls with sqrt(B); learning
+rates then grow with sqrt(B), epsilon shrinks with it and the moments forget B times faster per
+step, so that a step of B views stands for B steps of one (Malladi et al. 2022). B = 1 is the
+published set-up.
 """
 
 from __future__ import annotations

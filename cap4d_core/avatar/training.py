@@ -1,8 +1,8 @@
 """One optimisation step of the avatar: pose, render, losses, backward, density control.
 
 `settings.parity` reproduces the published order and arithmetic (one view per step; density control
-before the optimiser, so that splats are not stepped when they were just replaced). Nothing here waits
-for the device except density control.
+before the optimiser, so that splats are not stepped when they were just replaced). Nothing here
+waits for the device except density control.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOSS_NAMES = ("lpips", "l1", "ssim", "xyz", "scale", "lap", "deform", "rot", "ne
 # The published threshold and screen limit are meant for images of this width.
 REFERENCE_WIDTH = 512
 MAX_SCREEN_RADIUS = 20.0
-# With screen sizes tested at all (published: never), 20 px prunes hair and clothing; see docs/parity.md.
+# The published test of screen sizes never fires; now that it does, 20 px would prune hair, clothes.
 FIXED_SCREEN_FACTOR = 2.0
 # Head maps of all views are kept when they fit into this many bytes.
 MAP_CACHE_BYTES = 2 * 1024**3
@@ -50,14 +50,16 @@ class RenderFunction(Protocol):
         sh_degree: int,
         background: Any,
         backend: str,
-    ) -> RenderOutput: ...
+    ) -> RenderOutput:
+        """Renders B views."""
+        ...
 
 
 class ViewOrder:
     """Endless sequence of training views: a fresh permutation per epoch.
 
-    The permutation of an epoch depends on (seed, epoch) only, so a resumed run goes on with the same
-    views without stored random state.
+    The permutation of an epoch depends on (seed, epoch) only, so a resumed run goes on with the
+    same views without stored random state.
     """
 
     def __init__(self, views: Iterable[int], seed: int, device: torch.device | str) -> None:

@@ -1,8 +1,8 @@
 """The UV grid: the avatar's mesh is the head model resampled on a square grid in texture space.
 
 Conventions:
-    Pixel (row r, column c) of an R x R grid has its centre at v = (r + 0.5) / R, u = 1 - (c + 0.5) / R,
-    i.e. the map is turned by 180 degrees against the usual picture with v upwards.
+    Pixel (row r, column c) of an R x R grid has its centre at v = (r + 0.5) / R and
+    u = 1 - (c + 0.5) / R: the map is turned by 180 degrees against pictures with v upwards.
     Grid vertex id = row * R + column. Pixels that no template face covers are "empty": they belong
     to no triangle.
 """
@@ -96,8 +96,9 @@ class UVGrid(nn.Module):
         grid_faces = grid_triangles(covered.numpy(), pixel_islands)
         if len(grid_faces) < 2:
             raise UserError(
-                f"The avatar template's atlas covers {int(covered.sum())} of {resolution}^2 pixels; "
-                "expected an atlas that fills most of it. Check the template's texture coordinates."
+                f"The avatar template's atlas covers {int(covered.sum())} of {resolution}^2 "
+                "pixels; expected an atlas that fills most of it. Check the template's texture "
+                "coordinates."
             )
         self.register_buffer("face_index", face_index)
         self.register_buffer("barycentrics", barycentrics)
@@ -166,7 +167,8 @@ def splats_per_face(vertices: Tensor, faces: Tensor, num_splats: int, min_per_fa
     """Number of splats of each triangle, by its share of the area.
 
     Args:
-        vertices: (V, 3) rest positions. faces: (F, 3).
+        vertices: (V, 3) rest positions.
+        faces: (F, 3).
         num_splats: splats to distribute (the minimum may add many more).
         min_per_face: lower bound.
 

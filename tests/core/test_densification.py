@@ -53,7 +53,9 @@ def _check_consistent(splats: SplatTensors, adam: torch.optim.Adam) -> None:
     assert all(p in {q for g in adam.param_groups for q in g["params"]} for p in adam.state)
 
 
-def _densify(splats: SplatTensors, adam: torch.optim.Adam, statistics: SplatStatistics, **k: object) -> None:  # noqa: E501
+def _densify(
+    splats: SplatTensors, adam: torch.optim.Adam, statistics: SplatStatistics, **k: object
+) -> None:
     arguments: dict[str, object] = {
         "threshold": 0.5, "dense_size": 1.0, "max_screen_radius": None,
         "generator": torch.Generator().manual_seed(0), **k,
@@ -85,7 +87,7 @@ def test_clone_and_split_grow_consistently(parity: bool) -> None:
 
 def test_split_children_lie_within_the_parent() -> None:
     """Offsets are in the units of the coordinates: their spread is the parent's own size."""
-    splats, adam = _state(FACES * 2000, stepped=False)
+    splats, _ = _state(FACES * 2000, stepped=False)
     splats.opacity.data.fill_(1.0)
     splats.xyz.data.zero_()
     splats.scaling.data.fill_(math.log(2.0))

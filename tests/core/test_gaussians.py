@@ -256,9 +256,7 @@ class _Harmful:
         return (Path.touch, (Path("harm"),))  # type: ignore[return-value]
 
 
-def test_other_files_are_refused(
-    avatar: GaussianAvatar, head: HeadModel, tmp_path: Path
-) -> None:
+def test_other_files_are_refused(avatar: GaussianAvatar, head: HeadModel, tmp_path: Path) -> None:
     torch.save(_Harmful(), tmp_path / "chkpnt1.pth")
     with pytest.raises(InputFileError, match="unreadable"):
         import_released_checkpoint(tmp_path, head)

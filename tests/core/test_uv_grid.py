@@ -17,7 +17,7 @@ def _template(gap: float = 0.0) -> HeadTemplate:
     Quad a: vertices 0..3, v in [0, 0.5 - gap]; quad b: vertices 4..7, v in [0.5 + gap, 1].
     """
     corners = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
-    vertices = np.concatenate([corners, corners + [5.0, 0, 0]])
+    vertices = np.concatenate([corners, corners + np.array([5.0, 0, 0])])
     low = np.array([[0, 0], [1, 0], [1, 0.5 - gap], [0, 0.5 - gap]])
     high = np.array([[0, 0.5 + gap], [1, 0.5 + gap], [1, 1], [0, 1]])
     faces = np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6], [4, 6, 7]])

@@ -1,4 +1,4 @@
-"""Parity of the avatar's geometry: UV grid, bindings, initial splats, meshes, frames, their losses."""
+"""Parity of the avatar's geometry: UV grid, binding, initial splats, meshes, frames, losses."""
 
 from __future__ import annotations
 

@@ -1,0 +1,85 @@
+"""The fit on CUDA: agrees with the CPU, resumes, runs with LPIPS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cap4d_core.avatar.fitting import fit_avatar
+from cap4d_core.avatar.gaussians import GaussianAvatar
+from cap4d_core.avatar.image_data import load_image_data
+from cap4d_core.avatar.lpips import Lpips
+from cap4d_core.avatar.training import AvatarTrainer
+from cap4d_core.flame.model import HeadModel
+from tests.core.synthetic_head import head_folder
+from tests.core.test_fitting import SETS, TINY, Killed, kill_at
+
+pytestmark = pytest.mark.gpu
+
+
+def _trainer(device: str, lpips: Lpips | None = None) -> AvatarTrainer:
+    head = HeadModel.load(head_folder(), lower_jaw=True).to(device)
+    data = load_image_data(SETS).to(device)
+    avatar = GaussianAvatar.create(head, data.shape, TINY)
+    return AvatarTrainer(avatar, data, TINY, lpips=lpips)
+
+
+def test_first_steps_agree_with_the_cpu() -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        trainer = _trainer(device)
+        losses.append(torch.stack([trainer.step(i).cpu() for i in range(1, 4)]))
+    # Two renderers and other summation orders; Adam turns tiny gradients into full steps.
+    assert torch.allclose(losses[0][0], losses[1][0], rtol=1e-3, atol=1e-6)
+    assert torch.allclose(losses[0][:, -1], losses[1][:, -1], rtol=5e-3)
+
+
+def test_killed_and_resumed_on_cuda(tmp_path: Path) -> None:
+    head = HeadModel.load(head_folder(), lower_jaw=True)
+    settings = TINY.model_copy(update={"checkpoint_every_s": 1e-9})
+    with pytest.raises(Killed):
+        fit_avatar(SETS, head, settings, tmp_path, kill_at(5), device="cuda")
+    seen: list[int] = []
+    avatar = fit_avatar(
+        SETS, head, settings, tmp_path, lambda p: seen.append(p.done), device="cuda"
+    )
+    assert seen[0] == 6 and seen[-1] == 10
+    assert all(p.is_cuda and torch.isfinite(p).all() for p in avatar.splats.parameters())
+
+
+def test_half_precision_lpips_stays_close() -> None:
+    torch.manual_seed(0)
+    lpips = Lpips()
+    with torch.no_grad():
+        for layer in lpips.convolutions:
+            torch.nn.init.kaiming_normal_(layer.weight)
+        for head in lpips.heads:
+            head.uniform_(0, 1)
+    a, b = torch.rand(2, 2, 3, 64, 64).unbind(0)
+    expected = lpips(a, b)
+    have = lpips.cuda()(a.cuda(), b.cuda()).cpu()
+    assert torch.allclose(have, expected, rtol=0.03)
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    """Without density control no step reads anything back (gsplat itself has to, once)."""
+    trainer = _trainer("cuda")
+    trainer.settings = trainer.settings.model_copy(update={"densify_until": 0})
+    trainer.step(1)
+    posed = trainer.pose(torch.tensor([0], device="cuda"), True, torch.zeros(1, 3, device="cuda"))
+    batch = trainer.data.batch(torch.tensor([0], device="cuda"))
+    output = trainer.render(posed, batch, 0)
+    visible = torch.ones(1, len(trainer.avatar.splats), dtype=torch.bool, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = trainer.view_order(2, 1)
+        neck = trainer.neck_offsets.index_select(0, rows)
+        posed = trainer.pose(rows, True, neck)
+        trainer.losses(2, posed, output.image.detach(), trainer.data.batch(rows), visible, neck)[
+            "total"
+        ].backward()
+        trainer._optimise(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
