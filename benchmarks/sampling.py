@@ -1,7 +1,11 @@
 """Whole sampling stage on random weights: import, plan, encode, sample, decode; time and memory.
 
     python benchmarks/sampling.py --head SOURCE --subject FOLDER [--size released|small] \
-        [--views 28] [--steps 10] [--references 1] [--precision bf16] [--low-memory] [--json FILE]
+        [--views 28] [--steps 10] [--references 1] [--precision bf16] [--low-memory] \
+        [--fast-path auto|off] [--compile auto|on|off] [--json FILE]
+
+`start_s` of sample_views is the time before it samples at full speed: weights, CUDA, conditioning
+maps of all views, compilation. Run again with the same --work to see it with compiled kernels kept.
 
 Random weights in the released layout take the time and memory of trained ones. SOURCE is anything
 `prepare_head_model` reads, FOLDER a tracking folder; both as written by make_head.py or the demo.
@@ -109,6 +113,8 @@ def main() -> None:
         sync_steps=[],
         precision=arguments.precision,
         low_memory=arguments.low_memory,
+        fast_path=arguments.fast_path,
+        compile=arguments.compile,
     )
     stages = Stages(device)
     work = Path(arguments.work or tempfile.mkdtemp(prefix="sampling-benchmark-"))
@@ -152,6 +158,7 @@ def run(
         )
     times = StepTimes()
     with stages.measure("sample_views") as row:
+        start = time.perf_counter()
         sample_views(
             views / "plan.npz",
             views / "reference_images" / "latents.safetensors",
@@ -166,10 +173,12 @@ def run(
             callback=times,
         )
         row["s_per_step"] = times.seconds_per_step
+        row["start_s"] = times.ends[0] - start - times.seconds_per_step
         references = min(settings.max_references, len(plan.references))
         calls = len(plan.views) / (settings.views_per_call - references)
         row["ms_per_call"] = 1e3 * times.seconds_per_step / calls
-    with stages.measure("decode_views"):
+    with stages.measure("decode_views") as row:
+        image_times = StepTimes()
         decode_views(
             views / "plan.npz",
             views / "shard.safetensors",
@@ -178,7 +187,9 @@ def run(
             views / "index.json",
             settings,
             device,
+            callback=image_times,
         )
+        row["ms_per_view"] = 1e3 * image_times.seconds_per_step
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -191,6 +202,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--references", type=int, default=1)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--low-memory", action="store_true")
+    parser.add_argument("--fast-path", choices=["auto", "off"], default="auto")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--work", help="keep files here (weights are reused)")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -121,6 +121,9 @@ class CompiledDenoiser:
     Args:
         denoiser: fast denoiser.
         options: for torch.compile.
+
+    Attributes:
+        is_compiled: False once compiling failed.
     """
 
     def __init__(self, denoiser: FastDenoiser, **options: Any) -> None:
@@ -129,6 +132,7 @@ class CompiledDenoiser:
             denoiser.forward, **({"dynamic": False, "fullgraph": True} | options)
         )
         self._works = False
+        self.is_compiled = True
 
     def __call__(self, *arguments: Any) -> Tensor:
         """As FastDenoiser."""
@@ -144,5 +148,6 @@ class CompiledDenoiser:
             logger.warning("Sampling without compiled kernels: %s", reason)
             self._call = self._plain
             self._works = True
+            self.is_compiled = False
             noise = self._call(*arguments)
         return noise

@@ -59,7 +59,7 @@ def inputs(
 def plain_noise(
     denoiser: MMDMDenoiser, latents: Tensor, c: FrameConditioning, references: int, guided: bool
 ) -> Tensor:
-    times = torch.full(latents.shape[:2], TIMESTEP)
+    times = torch.full(latents.shape[:2], TIMESTEP, device=latents.device)
     bound = denoiser(latents, times, c)[:, references:]
     if not guided:
         return bound
@@ -67,7 +67,12 @@ def plain_noise(
 
 
 def fast_noise(
-    fast: FastDenoiser, latents: Tensor, c: FrameConditioning, references: int, guided: bool
+    fast: FastDenoiser,
+    latents: Tensor,
+    c: FrameConditioning,
+    references: int,
+    guided: bool,
+    call: Any = None,
 ) -> Tensor:
     biases = fast.time_biases(TIMESTEP)
     features = fast.reference_features(
@@ -77,8 +82,9 @@ def fast_noise(
         guided,
         at_a_time=3,
     )
-    ids = torch.arange(len(latents) * references)
-    return fast(
+    ids = torch.arange(len(latents) * references, device=latents.device)
+    call = call or fast
+    return call(
         latents[:, references:],
         c.pos_enc[:, references:],
         biases,
@@ -249,14 +255,8 @@ def test_compiled_form_has_no_graph_breaks() -> None:
     fast = FastDenoiser(denoiser)
     expected = fast_noise(fast, latents, c, 2, guided=True)
     compiled = torch.compile(fast.forward, backend="aot_eager", fullgraph=True, dynamic=False)
-    biases = fast.time_biases(TIMESTEP)
-    features = fast.reference_features(
-        c.z_input[:, :2].flatten(0, 1), c.pos_enc[:, :2].flatten(0, 1), biases, True
-    )
-    assert features is not None
     with torch.no_grad():
-        gathered = features.gather(torch.arange(4), 2)
-        actual = compiled(latents[:, 2:], c.pos_enc[:, 2:], biases, gathered, 2, True)
+        actual = fast_noise(fast, latents, c, 2, True, compiled)
     assert deviation(actual, expected) < 1e-5
 
 
@@ -268,16 +268,8 @@ def test_failing_compiler_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     latents, c = inputs(TINY, 1, torch.float32)
     fast = FastDenoiser(denoiser)
     expected = fast_noise(fast, latents, c, 1, guided=False)
-    call = CompiledDenoiser(fast, backend=broken)
-    biases = fast.time_biases(TIMESTEP)
-    features = fast.reference_features(
-        c.z_input[:, :1].flatten(0, 1), c.pos_enc[:, :1].flatten(0, 1), biases, False
-    )
-    assert features is not None
     with torch.no_grad():
-        actual = call(
-            latents[:, 1:], c.pos_enc[:, 1:], biases, features.gather(torch.arange(2), 2), 1, False
-        )
+        actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast, backend=broken))
     assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
 
 

@@ -1,0 +1,138 @@
+"""The fast denoiser on a CUDA device against the plain one, and decoding in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cap4d_core.diffusion.autoencoder import Autoencoder
+from cap4d_core.diffusion.conditioning_types import FrameConditioning
+from cap4d_core.diffusion.decoding import _Decoder
+from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
+from cap4d_core.diffusion.denoiser_setup import CompiledDenoiser
+from cap4d_core.diffusion.fast_denoiser import FastDenoiser
+from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
+from cap4d_core.diffusion.grouping import SeededGrouping
+from cap4d_core.diffusion.model_config import AutoencoderConfig
+from cap4d_core.diffusion.pictures import image_from_network
+from cap4d_core.diffusion.sampler import sample_stochastic_io
+from cap4d_core.diffusion.schedule import NoiseSchedule
+from cap4d_core.settings import SamplingSettings
+from tests.core.mmdm_models import random_denoiser
+from tests.core.test_fast_denoiser import CONFIGS, fast_noise, frames, inputs, plain_noise, run
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = CONFIGS["released shape"]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """Float32 products and convolutions without TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("merge", [False, True])
+def test_float32_equals_the_plain_denoiser(references: int, merge: bool) -> None:
+    denoiser = random_denoiser(CONFIG).cuda()
+    latents, c = inputs(CONFIG, references, torch.float32)
+    latents, c = latents.cuda(), c.to("cuda")
+    expected = plain_noise(denoiser, latents, c, references, guided=True)
+    fast = FastDenoiser(denoiser, merge_upsampling=merge)
+    actual = fast_noise(fast, latents, c, references, guided=True)
+    assert relative(actual, expected) < 1e-4
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
+    references: int, merge: bool, compiled: bool
+) -> None:
+    latents, c = inputs(CONFIG, references, torch.float32)
+    latents, c = latents.cuda(), c.to("cuda")
+    with torch.no_grad():
+        exact = plain_noise(random_denoiser(CONFIG).cuda(), latents, c, references, guided=True)
+        layout = torch.channels_last
+        denoiser = random_denoiser(CONFIG).to("cuda", torch.bfloat16, memory_format=layout)
+        plain = relative(plain_noise(denoiser, latents, c, references, guided=True), exact)
+        fast = FastDenoiser(denoiser, merge_upsampling=merge, memory_format=layout)
+        call = CompiledDenoiser(fast) if compiled else None
+        error = relative(fast_noise(fast, latents, c, references, True, call), exact)
+    assert call is None or call.is_compiled
+    # Bfloat16 has 8 bits; both forms round equally often, but not the same values.
+    assert 1e-4 < plain < 0.05 and error < 1.5 * plain
+
+
+def test_whole_run_and_resumed_run() -> None:
+    """In float32, like the plain denoiser; cut in two, the same bits."""
+    from tests.core.mmdm_models import TINY
+
+    denoiser = random_denoiser(TINY).cuda()
+    views, references = frames(TINY, 12, 0.0, 2).to("cuda"), frames(TINY, 3, 1.0, 1).to("cuda")
+    noise = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(5)).cuda()
+
+    def sample(model: Any, latents: Tensor, start: int, end: int) -> Tensor:
+        return sample_stochastic_io(
+            model, NoiseSchedule(), references, views, 5, 2.0, 4, 2, latents,
+            SeededGrouping(3, 12, 2, 2, ("k",)), start, end, batches_per_call=2,
+        )  # fmt: skip
+
+    fast = FastSamplingDenoiser(FastDenoiser(denoiser), same_shapes=True)
+    whole = sample(fast, noise, 0, 5)
+    assert relative(whole, sample(denoiser, noise, 0, 5)) < 1e-4
+    assert relative(whole.cpu(), run(random_denoiser(TINY), 2)) < 1e-3
+    again = FastSamplingDenoiser(FastDenoiser(denoiser), same_shapes=True)
+    assert torch.equal(sample(again, sample(again, noise, 0, 2), 2, 5), whole)
+
+
+def test_released_size() -> None:
+    """Bfloat16 at full size: fast against plain, one guided batch with four references."""
+    config = MMDMConfig()
+    views, references = frames(config, 4, 0.0, 3), frames(config, 4, 1.0, 4)
+    together = FrameConditioning.cat([references, views])
+    batch = FrameConditioning.stack([together]).to("cuda")
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        denoiser = MMDMDenoiser(config).eval().requires_grad_(False)
+    denoiser = denoiser.to(torch.bfloat16, memory_format=torch.channels_last)
+    latents = torch.randn(1, 8, 4, 64, 64, device="cuda")
+    with torch.no_grad():
+        expected = plain_noise(denoiser, latents, batch, 4, guided=True)
+        fast = FastDenoiser(denoiser, memory_format=torch.channels_last)
+        actual = fast_noise(fast, latents, batch, 4, guided=True)
+    assert relative(actual, expected) < 0.03
+
+
+def test_decoding_in_float16() -> None:
+    """At most one of 255 levels from float32 for nearly all pixels."""
+    config = AutoencoderConfig()
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(config).eval().requires_grad_(False)
+    # Random weights give flat grey; stretch the last layer to the full range of images.
+    latent = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    flat = autoencoder.decode(latent.cuda())
+    last = autoencoder.vae.decoder.conv_out
+    last.weight.mul_(0.5 / flat.std())
+    last.bias.zero_()
+    exact = image_from_network(autoencoder.decode(latent.cuda())[0].cpu().numpy())
+    assert exact.std() > 30
+    device = torch.device("cuda")
+    with torch.no_grad():
+        half = _Decoder(autoencoder, device, True, SamplingSettings()).decode(latent)
+    levels = np.abs(image_from_network(half.numpy()).astype(int) - exact.astype(int))
+    assert levels.mean() < 0.25 and (levels > 1).mean() < 0.001
