@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cap4d_core.config import DEMO_WEIGHTS, Config
+from cap4d_core.config import DEMO_WEIGHTS, VIDEO_SUFFIXES, Config
 from cap4d_core.errors import UserError
 from cap4d_core.subjects import Driving
 
@@ -61,11 +61,15 @@ def check_files(config: Config) -> list[str]:
     for name, subject in config.subjects.items():
         if subject.tracking is not None:
             attempt(f"subject {name}", partial(check_subject, Path(subject.tracking)))
+        elif subject.demo_seed is None and subject.reference is not None:
+            attempt(f"subject {name}", partial(check_recording, Path(subject.reference)))
         if subject.held_out is not None:
             attempt(f"subject {name}, held_out", partial(check_image_set, Path(subject.held_out)))
     for name, row in config.driving.items():
         if row.fit is not None and not row.is_demo:
             attempt(f"driving sequence {name}", partial(check_driving, row))
+        elif row.video is not None:
+            attempt(f"driving sequence {name}", partial(check_recording, Path(row.video)))
     attempt("results", partial(check_disk_space, config))
     return problems
 
@@ -128,6 +132,21 @@ def check_subject(folder: Path) -> None:
             )
         if reference.matte is not None:
             read_grey(reference.matte)
+
+
+def check_recording(path: Path) -> None:
+    """Finds the photos or the video.
+
+    Raises:
+        UserError: nothing there, or a folder without photos and videos.
+    """
+    from cap4d_core.files.images import IMAGE_SUFFIXES
+
+    if not path.exists():
+        raise UserError(f"{path}: nothing there; expected photos or a video")
+    suffixes = {file.suffix.lower() for file in path.rglob("*")} if path.is_dir() else {path.suffix}
+    if not suffixes & (IMAGE_SUFFIXES | VIDEO_SUFFIXES):
+        raise UserError(f"{path}: no photos and no video in it")
 
 
 def check_image_set(folder: Path) -> None:

@@ -66,8 +66,8 @@ class ConfigFile(SubjectSettings):
     subjects: str | None = Field(None, description="Table of subjects (.tsv).")
     driving: str | None = Field(
         None,
-        description="Table of driving sequences (.tsv); or, for a single run, one ready fit.npz, a "
-        "folder with fit.npz and a camera path, or `demo`.",
+        description="Table of driving sequences (.tsv); or, for a single run, a video, a ready "
+        "fit.npz, a folder with fit.npz and a camera path, or `demo`.",
     )
     animations: str | list[str] = Field(
         "all",
@@ -76,8 +76,8 @@ class ConfigFile(SubjectSettings):
     )
     subject: str | None = Field(
         None,
-        description="A single run instead of the table of subjects: folder of a ready fit, or "
-        "`demo:SEED`. Meant for the command line: relative to the working directory.",
+        description="A single run instead of the table of subjects: photos, a video, the folder of "
+        "a ready fit, or `demo:SEED`. Meant for the command line: starts at the working directory.",
     )
 
 
@@ -175,7 +175,9 @@ def load_config(raw: Mapping[str, Any], config_file: str | Path = "config.yaml")
     problems += _settings_problems(settings)
     animations, animation_problems = _pairs(file, base, subjects, driving)
     if not (subject_problems or driving_problems):  # else only consequences of these
-        problems += _demo_problems(settings, subjects, driving) + animation_problems
+        problems += _demo_problems(settings, subjects, driving)
+        problems += _tracking_problems(settings, subjects, driving)
+        problems += animation_problems
     rounds: tuple[tuple[int, int], ...] = ()
     if settings.sampling.num_views > 0:
         try:
@@ -401,6 +403,26 @@ def _demo_problems(
     return [
         f"head_model.path: demo rows ({', '.join(demo)}) need the demo head model, 'demo' "
         f"(value {settings.head_model.path!r}); do not mix them with real subjects"
+    ]
+
+
+def _tracking_problems(
+    settings: SubjectSettings, subjects: Mapping[str, Subject], driving: Mapping[str, Driving]
+) -> list[str]:
+    """Rows that need a tracker when none is chosen."""
+    if settings.tracking.backend != "precomputed":
+        return []
+    untracked = [
+        f"subject {name}"
+        for name, subject in subjects.items()
+        if subject.tracking is None and subject.demo_seed is None
+    ]
+    untracked += [f"driving sequence {name}" for name, row in driving.items() if row.fit is None]
+    if not untracked:
+        return []
+    return [
+        f"tracking.backend: 'precomputed' tracks nothing, but {', '.join(untracked)} have no ready "
+        "fit; choose a tracker, or name the fits in the tables"
     ]
 
 

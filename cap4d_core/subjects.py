@@ -34,11 +34,14 @@ class Subject(StrictModel):
         description="Name; becomes the folder results/{subject}.",
     )
     reference: str | None = Field(
-        None, description="Folder of photos or a video, or `demo:SEED` for a procedural subject."
+        None,
+        description="A photo, a folder of photos, a video, a folder with one folder or video per "
+        "camera; or `demo:SEED` for a procedural subject. Tracked when `tracking` is empty.",
     )
     tracking: str | None = Field(
         None,
-        description="Folder of a ready fit: fit.npz, reference_images.json, images/, bg/.",
+        description="Folder of a ready fit: fit.npz, reference_images.json, images/, bg/; it is "
+        "imported then, and nothing tracked.",
     )
     held_out: str | None = Field(
         None,
@@ -67,7 +70,7 @@ class Driving(StrictModel):
         max_length=64,
         description="Name; becomes the folder results/{subject}/animation/{driving}.",
     )
-    video: str | None = Field(None, description="Video of a person whose motion is tracked.")
+    video: str | None = Field(None, description="Video of a person; tracked when `fit` is empty.")
     fit: str | None = Field(None, description="Ready fit.npz, or `demo` for a procedural motion.")
     trajectory: str | None = Field(
         None, description="Camera path (.npz); empty: a static camera, derived from the fit."
@@ -258,12 +261,10 @@ def _subject_problems(row: Subject) -> list[str]:
             problems.append(f"reference: '{row.reference}' is not demo:SEED, such as demo:1")
         if row.tracking is not None:
             problems.append("tracking: must be empty for demo subjects, which bring their own fit")
-    elif row.tracking is None:
-        given = f"only reference '{row.reference}'" if row.reference else "neither"
+    elif row.tracking is None and row.reference is None:
         problems.append(
-            f"tracking: {given} is given for '{row.subject}', and this version cannot track photos "
-            "or video itself; name the folder of a ready fit (fit.npz, reference_images.json, "
-            "images/)"
+            f"reference: '{row.subject}' has neither reference (photos or video) nor tracking (a "
+            "ready fit)"
         )
     return problems
 
@@ -272,13 +273,9 @@ def _driving_problems(row: Driving) -> list[str]:
     problems = []
     if row.is_demo and (row.video or row.trajectory):
         problems.append("fit: 'demo' brings its own camera; leave video and trajectory empty")
-    if row.fit is None:
-        given = f"only video '{row.video}'" if row.video else "neither fit nor video"
-        problems.append(
-            f"fit: {given} is given for '{row.driving}', and this version cannot track video "
-            "itself; name a ready fit.npz"
-        )
-    elif not row.is_demo and not row.fit.endswith(".npz"):
+    if row.fit is None and row.video is None:
+        problems.append(f"fit: '{row.driving}' has neither fit nor video")
+    elif row.fit is not None and not row.is_demo and not row.fit.endswith(".npz"):
         problems.append(f"fit: '{row.fit}' is no .npz file")
     if row.trajectory is not None and not row.trajectory.endswith(".npz"):
         problems.append(f"trajectory: '{row.trajectory}' is no .npz file")

@@ -102,7 +102,8 @@ def head_model_companions(wildcards):
     return CONFIG.settings.head_model.companions or []
 
 
-def subject_source(wildcards):
+def subject_fit_folder(wildcards):
+    """Folder of the ready fit, None for subjects to be tracked."""
     row = SUBJECTS[wildcards.subject]
     return (
         f"{RESULTS}/demo/subjects/{row.subject}"
@@ -112,16 +113,34 @@ def subject_source(wildcards):
 
 
 def subject_fit(wildcards):
-    return f"{subject_source(wildcards)}/fit.npz"
+    folder = subject_fit_folder(wildcards)
+    return [] if folder is None else f"{folder}/fit.npz"
 
 
 def subject_references(wildcards):
-    return f"{subject_source(wildcards)}/reference_images.json"
+    folder = subject_fit_folder(wildcards)
+    return [] if folder is None else f"{folder}/reference_images.json"
+
+
+def subject_recording(wildcards):
+    """Photos or video to be tracked; nothing where there is a ready fit."""
+    return (
+        [] if subject_fit_folder(wildcards) else SUBJECTS[wildcards.subject].reference
+    )
 
 
 def driving_fit(wildcards):
     row = DRIVING[wildcards.driving]
-    return f"{RESULTS}/demo/driving/{row.driving}/fit.npz" if row.is_demo else row.fit
+    return (
+        f"{RESULTS}/demo/driving/{row.driving}/fit.npz"
+        if row.is_demo
+        else row.fit or []
+    )
+
+
+def driving_recording(wildcards):
+    row = DRIVING[wildcards.driving]
+    return [] if row.fit else row.video
 
 
 def driving_trajectory(wildcards):

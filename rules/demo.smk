@@ -23,8 +23,6 @@ rule make_demo_head:
 
 
 rule make_demo_subject:
-    input:
-        head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/demo/subjects/{subject}/fit.npz",
         references="<results>/demo/subjects/{subject}/reference_images.json",
@@ -41,6 +39,7 @@ rule make_demo_subject:
     params:
         version=STAGE_VERSIONS["make_demo"],
         seed=demo_seed,
+        settings=settings("demo"),
     message:
         "{wildcards.subject}: making the demo subject"
     script:
@@ -48,8 +47,6 @@ rule make_demo_subject:
 
 
 rule make_demo_held_out:
-    input:
-        head_model=rules.prepare_head_model.output.folder,
     output:
         folder=directory("<results>/demo/held_out/{subject}"),
     log:
@@ -65,6 +62,8 @@ rule make_demo_held_out:
     params:
         version=STAGE_VERSIONS["make_demo"],
         seed=demo_seed,
+        settings=settings("demo"),
+        crop_size=CONFIG.settings.sampling.resolution,
     message:
         "{wildcards.subject}: making held-out views of the demo subject"
     script:
@@ -72,8 +71,6 @@ rule make_demo_held_out:
 
 
 rule make_demo_driving:
-    input:
-        head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/demo/driving/{driving}/fit.npz",
         trajectory="<results>/demo/driving/{driving}/orbit.npz",
@@ -89,6 +86,7 @@ rule make_demo_driving:
         runtime=20,
     params:
         version=STAGE_VERSIONS["make_demo"],
+        settings=settings("demo"),
     message:
         "{wildcards.driving}: making the demo motion"
     script:

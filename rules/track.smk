@@ -3,8 +3,10 @@
 
 rule track_subject:
     input:
+        # Either a ready fit or what is to be tracked.
         fit=subject_fit,
         references=subject_references,
+        recording=subject_recording,
         head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/{subject}/tracking/fit.npz",
@@ -16,10 +18,10 @@ rule track_subject:
         "<benchmarks>/track_subject/{subject}.tsv"
     conda:
         "../envs/torch.yaml"
-    threads: 1
+    threads: 4
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=8000,
+        runtime=120,
     params:
         version=STAGE_VERSIONS["track_subject"],
         settings=settings("tracking"),
@@ -32,6 +34,7 @@ rule track_subject:
 rule track_driving:
     input:
         fit=driving_fit,
+        recording=driving_recording,
         trajectory=driving_trajectory,
         head_model=rules.prepare_head_model.output.folder,
     output:
@@ -44,10 +47,10 @@ rule track_driving:
         "<benchmarks>/track_driving/{driving}.tsv"
     conda:
         "../envs/torch.yaml"
-    threads: 1
+    threads: 4
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=8000,
+        runtime=120,
     params:
         version=STAGE_VERSIONS["track_driving"],
         settings=settings("tracking"),

@@ -4,9 +4,15 @@ from cap4d_core.job import Job, run
 
 
 def main(job: Job) -> None:
-    from cap4d_core.demo.driving import write_demo_driving
+    from cap4d_core.demo.world import write_demo_driving
+    from cap4d_core.settings import DemoSettings
 
-    write_demo_driving(job.output_file("fit").parent, head_model_dir=job.input_file("head_model"))
+    settings = DemoSettings(**job.params["settings"])
+    write_demo_driving(
+        job.output_file("fit").parent,
+        num_frames=settings.num_frames,
+        resolution=settings.resolution,
+    )
 
 
 if __name__ == "__main__":

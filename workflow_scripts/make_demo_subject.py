@@ -4,12 +4,17 @@ from cap4d_core.job import Job, run
 
 
 def main(job: Job) -> None:
-    from cap4d_core.demo.subject import write_demo_subject
+    from cap4d_core.demo.world import write_demo_subject
+    from cap4d_core.settings import DemoSettings
 
+    settings = DemoSettings(**job.params["settings"])
     write_demo_subject(
         job.output_file("fit").parent,
-        seed=job.params["seed"],
-        head_model_dir=job.input_file("head_model"),
+        job.params["seed"],
+        num_references=settings.num_references,
+        resolution=settings.resolution,
+        device=job.device,
+        callback=job.progress("photos"),
     )
 
 

@@ -110,6 +110,12 @@ def test_animations(load: Load, tmp_path: Path) -> None:
     assert load(animations="pairs.tsv").animations == (("ben", "smile"),)
 
 
+def test_photos_and_video_are_tracked(load: Load) -> None:
+    config = load(subject="photos/", driving="film.mp4")
+    assert config.subjects["photos"].reference == "photos"
+    assert config.driving["film"].video == "film.mp4"
+
+
 def test_without_driving_nothing_is_animated(load: Load) -> None:
     assert load(driving=None).animations == ()
 
@@ -145,6 +151,7 @@ def test_names_from_paths(path: str, name: str) -> None:
     assert name_from_path(path) == name
 
 
+PRECOMPUTED: dict[str, Any] = {"tracking": {"backend": "precomputed"}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"qualty": "low"}, "qualty: unknown key (value 'low'); did you mean 'quality'?"),
     ({"quality": "meduim"}, "quality: must be one of"),
@@ -172,8 +179,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"subjects": None}, "subjects: name a table of subjects"),
     ({"subjects": "none.tsv"}, "none.tsv: no such file"),
     ({"driving": "none.tsv"}, "none.tsv: no such file"),
-    ({"driving": "film.mp4"}, "cannot track video itself"),
-    ({"subject": "photos"}, "cannot track photos or video itself"),
+    (PRECOMPUTED | {"driving": "film.mp4"}, "tracks nothing, but driving sequence film have no"),
+    (PRECOMPUTED | {"subject": "photos"}, "tracks nothing, but subject photos have no ready fit"),
     ({"animations": ["ana:sleep"]}, "'ana:sleep' fits no subject"),
     ({"animations": ["ana"]}, "animations.0: must be 'subject:driving'"),
     ({"animations": "some"}, "animations: must be 'all', a list"),

@@ -77,8 +77,7 @@ def test_driving_numbers(tmp_path: Path) -> None:
         (["subject | tracking", "logs | x"], "'logs' is the name of a folder of the results"),
         (["subject | tracking", "a | x | y"], "table.tsv:2: 3 cells, the header has 2"),
         (["subject | tracking", " | x"], "table.tsv:2: subject: must be given"),
-        (["subject | reference", "a | photos"], "cannot track photos or video itself"),
-        (["subject", "a"], "neither is given for 'a'"),
+        (["subject", "a"], "'a' has neither reference"),
         (["subject | reference", "a | demo:x"], "'demo:x' is not demo:SEED"),
         (["subject | reference | tracking", "a | demo:1 | x"], "must be empty for demo subjects"),
         (["subject | tracking", "a | ${SURELY_UNSET}/x"], "variable SURELY_UNSET is not set"),
@@ -93,7 +92,7 @@ def test_mistakes_in_the_subjects_table(tmp_path: Path, lines: list[str], expect
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["driving | video", "a | film.mp4"], "cannot track video itself"),
+        (["driving | video", "a | "], "'a' has neither fit nor video"),
         (["driving | fit | start_frame", "a | x.npz | 1.5"], "start_frame: must be a whole number"),
         (["driving | fit | start_frame", "a | x.npz | -1"], "start_frame: must be at least 0"),
         (["driving | fit | num_frames", "a | x.npz | 0"], "num_frames: must be at least 1"),

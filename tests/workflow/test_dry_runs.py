@@ -1,0 +1,125 @@
+"""Which jobs are planned: per profile, per mode, at scale; and what a bad configuration says."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.snakemake_runs import ROOT, dry_run, run_snakemake
+
+pytestmark = pytest.mark.workflow
+
+
+def write_project(
+    folder: Path, num_subjects: int = 2, num_driving: int = 1, **config: object
+) -> Path:
+    """A configuration with real-looking subjects whose files exist but are empty."""
+    (folder / "data").mkdir(parents=True)
+    names = [f"s{i:03d}" for i in range(num_subjects)]
+    for name in names:
+        (folder / "data" / name).mkdir()
+        for file in ("fit.npz", "reference_images.json"):
+            (folder / "data" / name / file).touch()
+    motions = [f"d{i}" for i in range(num_driving)]
+    for name in motions:
+        (folder / "data" / f"{name}.npz").touch()
+    (folder / "flame").mkdir()
+    (folder / "mmdm.ckpt").touch()
+    rows = [f"{name}\tdata/{name}" for name in names]
+    (folder / "subjects.tsv").write_text("\n".join(["subject\ttracking", *rows]) + "\n")
+    rows = [f"{name}\tdata/{name}.npz" for name in motions]
+    (folder / "driving.tsv").write_text("\n".join(["driving\tfit", *rows]) + "\n")
+    content = {
+        "subjects": "subjects.tsv",
+        "driving": "driving.tsv",
+        "head_model": {"path": "flame"},
+        "mmdm": {"path": "mmdm.ckpt"},
+        **config,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+PER_SUBJECT = ("track_subject", "plan_views", "encode_references", "fit_avatar")
+
+
+@pytest.mark.parametrize("profile", ["default", "workstation", "slurm"])
+def test_jobs_of_every_profile(tmp_path: Path, profile: str) -> None:
+    config = write_project(tmp_path, 2, 3, sampling={"num_shards": 4, "sync_steps": [0.1, 0.5]})
+    counts = dry_run(tmp_path, config, profile=profile)
+    assert counts.pop("sample_views") == 2 * 3 * 4  # subjects x rounds x shards
+    assert counts.pop("decode_views") == 2 * 4
+    assert counts.pop("animate_avatar") == 2 * 3
+    assert counts.pop("track_driving") == 3
+    assert {counts.pop(rule) for rule in PER_SUBJECT} == {2}
+    assert counts == {"prepare_head_model": 1, "prepare_mmdm": 1, "write_report": 1, "all": 1}
+
+
+def test_shipped_demo(tmp_path: Path) -> None:
+    counts = dry_run(tmp_path, ROOT / "config.yaml")
+    assert counts["make_demo_head"] == counts["make_demo_subject"] == 1
+    assert counts["evaluate_avatar"] == counts["make_demo_held_out"] == 1
+
+
+def test_fitting_without_a_diffusion_model(tmp_path: Path) -> None:
+    config = write_project(tmp_path, sampling={"num_views": 0}, mmdm={"path": None})
+    counts = dry_run(tmp_path, config)
+    assert counts["crop_references"] == counts["fit_avatar"] == 2
+    assert not {"prepare_mmdm", "plan_views", "sample_views", "decode_views"} & set(counts)
+
+
+def test_one_shard_has_one_round_and_targets_stop_after_their_stage(tmp_path: Path) -> None:
+    config = write_project(tmp_path, sampling={"num_shards": 1})
+    counts = dry_run(tmp_path, config, "--until", "sample_all")
+    assert counts["sample_views"] == 2 and "fit_avatar" not in counts
+    counts = dry_run(tmp_path, config, "--until", "track_all")
+    assert set(counts) <= {"track_all", "prepare_head_model", "track_subject", "track_driving"}
+
+
+def test_single_run_needs_no_file_edited(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    result = run_snakemake(
+        tmp_path, "--cores", "2", "-n", "--quiet", "rules",
+        "--config", "subject=data/s001/", "driving=data/d0.npz", "quality=medium",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "animate_avatar" in result.stdout
+    assert "results/s001/animation/d0/renders.mp4" not in result.stdout  # --quiet rules
+
+
+def test_hundred_subjects(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    """The whole plan of 100 subjects x 3 motions with 5 rounds of 8 shards."""
+    config = write_project(tmp_path, 100, 3)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    counts = dry_run(tmp_path, config)
+    # CPU time, because tests may share the machine with others.
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    record_property("cpu_seconds", seconds)
+    print(f"{sum(counts.values())} jobs planned in {seconds:.1f} s of CPU time")
+    assert counts["sample_views"] == 100 * 5 * 8
+    assert counts["animate_avatar"] == 300
+    # 12 s on an idle machine; the limit only catches a change of complexity.
+    assert seconds < 60
+
+
+def test_bad_configuration_is_reported_at_once_and_without_traceback(tmp_path: Path) -> None:
+    config = write_project(
+        tmp_path, sampling={"num_view": 12, "num_shards": 0}, qualty="low", animations=["x:*"]
+    )
+    with open(tmp_path / "subjects.tsv", "a") as table:
+        table.write("Ana B\tdata/ana\n")
+    result = run_snakemake(tmp_path, "--cores", "2", "-n", "--configfile", str(config))
+    assert result.returncode == 1
+    for expected in (
+        "config.yaml is not valid (4 problems)",
+        "sampling.num_view: unknown key (value 12); did you mean 'num_views'?",
+        "sampling.num_shards: must be at least 1 (value 0)",
+        "qualty: unknown key (value 'low'); did you mean 'quality'?",
+        "subjects.tsv:4: subject: must consist of lower-case letters",
+    ):
+        assert expected in result.stdout
+    assert "Traceback" not in result.stdout
