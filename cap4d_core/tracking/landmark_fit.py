@@ -37,7 +37,6 @@ _ROBUST_SCALE = 3.0
 # tells them apart. The released fits, which the diffusion model learnt from, lie at 1.1 to 1.5 m.
 _DISTANCE_M, _DISTANCE_LOG_SIGMA = 1.2, 0.2
 _FOCAL, _FOCAL_LOG_SIGMA = 2.0, 1.0
-_EXIF_LOG_SIGMA = 0.05
 # A change of shape or expression that looks like a turn or shift of the face belongs to the pose.
 _RIGID_ANGLE, _RIGID_SHIFT_M = np.deg2rad(1.0), 0.002
 # Typical accelerations at 30 frames per second: rotation (rad), translation (m; sideways, depth),
@@ -55,14 +54,14 @@ _CAMERA_SIGMA = 1.0
 class Camera:
     """What is known of a camera: size (height, width), focal length, pose.
 
-    focal_px: known or guessed focal length; focal_log_sigma: its uncertainty (0 = exact, None = not
-    known at all); extr: (4, 4) world-to-camera, None = to be estimated (the first camera then
+    focal_px: focal length in pixels, None = not known; focal_log_sigma: its relative uncertainty
+    (0 = exact); center: principal point (x, y), None = middle of the picture; extr: (4, 4) world-to-camera, None = to be estimated (the first camera then
     defines the world).
     """
 
     size: tuple[int, int]
     focal_px: float | None = None
-    focal_log_sigma: float | None = None
+    focal_log_sigma: float = 0.0
     extr: Array | None = None
     center: tuple[float, float] | None = None
 
@@ -218,15 +217,9 @@ class LandmarkFitter:
     def _initial(self) -> LandmarkFit:
         """Pose from the network's own three-dimensional mesh; focal lengths from what is known."""
         focal = np.zeros(len(self.cameras))
-        for c, camera in enumerate(self.cameras):
-            if camera.focal_px is not None:
-                focal[c] = camera.focal_px
-                continue
+        for c in range(len(self.cameras)):
             scale = np.median(self.size[self.camera == c]) / self.model.face_size
-            by_distance = np.log(_DISTANCE_M * scale)
-            by_size = np.log(_FOCAL * max(camera.size))
-            weights = np.array([_DISTANCE_LOG_SIGMA**-2, _FOCAL_LOG_SIGMA**-2])
-            focal[c] = np.exp(np.average([by_distance, by_size], weights=weights))
+            focal[c] = np.exp(self._focal_prior(c, 1.0 / float(scale))[0])
         poses = [self._initial_pose(o, focal) for o in range(len(self.frame))]
         extr = np.tile(np.eye(4), (len(self.cameras), 1, 1))
         for c, camera in enumerate(self.cameras):
@@ -434,25 +427,35 @@ class LandmarkFitter:
             return
         for c, camera in enumerate(self.cameras):
             first = num_shape + 7 * c
-            target, sigma = self._focal_prior(state, c)
+            frames = self.frame[self.camera == c]
+            extr = state.extr[c]
+            depth = (state.tra[frames] * _FLIP) @ extr[2, :3] + extr[2, 3]
+            scale = float(np.median(depth)) / float(state.focal[c])
+            target, sigma = self._focal_prior(c, scale)
             shared_matrix[first, first] += sigma**-2
             shared_vector[first] += (np.log(state.focal[c]) - target) / sigma**2
             fixed = c == 0 or camera.extr is not None
             pose = np.arange(first + 1, first + 7)
             shared_matrix[pose, pose] += 1e12 if fixed else _CAMERA_SIGMA**-2
 
-    def _focal_prior(self, state: LandmarkFit, c: int) -> tuple[float, float]:
-        """Expected logarithm of the focal length and its uncertainty."""
+    def _focal_prior(self, c: int, depth_by_focal: float) -> tuple[float, float]:
+        """Expected logarithm of the focal length and its uncertainty.
+
+        Args:
+            c: camera.
+            depth_by_focal: distance of the head per pixel of focal length, known from its size.
+        """
         camera = self.cameras[c]
-        if camera.focal_px is not None:
-            return float(np.log(camera.focal_px)), max(camera.focal_log_sigma or 0.0, 1e-4)
-        frames = self.frame[self.camera == c]
-        extr = state.extr[c]
-        depth = (state.tra[frames] * _FLIP) @ extr[2, :3] + extr[2, 3]
-        scale = float(np.median(depth)) / state.focal[c]
-        targets = [np.log(_DISTANCE_M / scale), np.log(_FOCAL * max(camera.size))]
-        weights = [_DISTANCE_LOG_SIGMA**-2, _FOCAL_LOG_SIGMA**-2]
-        return float(np.average(targets, weights=weights)), float(sum(weights) ** -0.5)
+        if camera.focal_px is not None and camera.focal_log_sigma == 0.0:
+            return float(np.log(camera.focal_px)), 1e-4
+        terms = [(np.log(_DISTANCE_M / depth_by_focal), _DISTANCE_LOG_SIGMA)]
+        if camera.focal_px is None:
+            terms.append((np.log(_FOCAL * max(camera.size)), _FOCAL_LOG_SIGMA))
+        else:
+            terms.append((np.log(camera.focal_px), camera.focal_log_sigma))
+        values = [value for value, _ in terms]
+        weights = [sigma**-2 for _, sigma in terms]
+        return float(np.average(values, weights=weights)), float(sum(weights) ** -0.5)
 
     def _acceleration_weights(self, num_expr: int) -> Array:
         rate = (_REFERENCE_FPS / (self.fps or _REFERENCE_FPS)) ** 2
