@@ -51,7 +51,7 @@ PATH_WORDS = frozenset({"auto", "demo"})
 DEFAULT_HEAD_MODEL = "assets/flame"
 DEFAULT_WEIGHTS = "assets/mmdm"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
 class ConfigFile(SubjectSettings):
@@ -154,10 +154,9 @@ def load_config(raw: Mapping[str, Any], config_file: str | Path = "config.yaml")
         ConfigError: lists every problem, each with its key or with file and line.
     """
     base = Path(os.path.relpath(Path(config_file).parent))
-    merged = with_preset(_numbers_from_text(raw))
+    merged = with_preset(_without_null_text(raw))
     try:
-        # Through JSON: strict types (no "yes" for 1), yet lists may become tuples.
-        file = ConfigFile.model_validate_json(json.dumps(merged, default=str), strict=True)
+        file = _validate(merged)
         problems: list[str] = []
     except ValidationError as error:
         problems = [
@@ -221,15 +220,49 @@ def sampling_rounds(settings: SubjectSettings) -> tuple[tuple[int, int], ...]:
     return tuple(round_steps(sampling.sync_steps, steps, sampling.num_shards))
 
 
-def _numbers_from_text(value: Any) -> Any:
-    """YAML reads 1e-3 as text (it wants 1.0e-3); people mean the number."""
+def _validate(content: Mapping[str, Any]) -> ConfigFile:
+    """Validates strictly, but takes text that spells a value for that value where one is wanted.
+
+    Snakemake hands over nested command line values (`sampling={num_views: 4}`) as text, and YAML
+    reads 1e-3 as text (it wants 1.0e-3).
+    """
+    # Through JSON: strict types (no "yes" for 1), yet lists may become tuples.
+    text = json.dumps(content, default=str)
+    try:
+        return ConfigFile.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        spelled: dict[str, Any] = json.loads(text)
+        for detail in error.errors():
+            value = detail["input"]
+            if detail["type"] in _SPELLABLE and isinstance(value, str):
+                _replace(spelled, detail["loc"], _spelled_value(value))
+            elif detail["type"] == "string_type" and type(value) is int:
+                _replace(spelled, detail["loc"], str(value))  # a folder named 2024
+        return ConfigFile.model_validate_json(json.dumps(spelled), strict=True)
+
+
+_SPELLABLE = frozenset({"int_type", "float_type", "bool_type"})
+
+
+def _spelled_value(text: str) -> Any:
+    if _NUMBER.fullmatch(text):
+        return float(text) if set(text) & set(".eE") else int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _replace(content: Any, location: tuple[int | str, ...], value: Any) -> None:
+    for part in location[:-1]:
+        content = content[part]
+    content[location[-1]] = value
+
+
+def _without_null_text(value: Any) -> Any:
+    """Text `null` of the command line becomes nothing; keys become text."""
     if isinstance(value, Mapping):
-        return {str(key): _numbers_from_text(item) for key, item in value.items()}
+        return {str(key): _without_null_text(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers_from_text(item) for item in value]
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    return value
+        return [_without_null_text(item) for item in value]
+    return None if value == "null" else value
 
 
 def _valid_part(merged: dict[str, Any], error: ValidationError) -> ConfigFile:
@@ -248,7 +281,7 @@ def _valid_part(merged: dict[str, Any], error: ValidationError) -> ConfigFile:
                 break
             holder = holder[part]
     try:
-        return ConfigFile.model_validate_json(json.dumps(cleaned), strict=True)
+        return _validate(cleaned)
     except ValidationError:
         return ConfigFile()
 

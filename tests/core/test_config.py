@@ -94,6 +94,20 @@ def test_exponents_without_point_are_numbers(load: Load) -> None:
     assert config.settings.fitting.lr_position == 1e-3
 
 
+def test_nested_values_of_the_command_line_arrive_as_text(load: Load) -> None:
+    config = load(
+        sampling={"num_views": "56", "guidance_scale": "1.5", "sync_steps": ["0.1", "5"]},
+        fitting={"use_lower_jaw": "false"},
+        mmdm={"path": "weights", "sha256": "null"},
+    )
+    sampling = config.settings.sampling
+    assert (sampling.num_views, sampling.guidance_scale) == (56, 1.5)
+    assert sampling.sync_steps == [0.1, 5]
+    assert config.settings.fitting.use_lower_jaw is False
+    assert config.settings.mmdm.sha256 is None
+    assert list(load(subject=2024).subjects) == ["2024"]
+
+
 def test_rounds_and_shards(load: Load) -> None:
     config = load(sampling={"num_shards": 4, "sync_steps": [0.5], "num_inference_steps": 10})
     assert config.rounds == ((0, 5), (5, 10))

@@ -37,9 +37,8 @@ class Workspace:
     def snakemake(self, *words: str) -> str:
         # One core per job and two at once: most of a tiny job is importing.
         result = run_snakemake(
-            self.folder, "--cores", "2", "--resources", "gpu=2",
-            "--set-threads", *[f"{rule}=1" for rule in GPU_RULES],
-            "--configfile", str(CONFIG), *words,
+            self.folder, *words, "--cores", "2", "--resources", "gpu=2",
+            "--set-threads", *[f"{rule}=1" for rule in GPU_RULES], "--configfile", str(CONFIG),
             environment=self.variables,
             timeout=1500,
         )  # fmt: skip
@@ -110,7 +109,7 @@ def test_deleted_shard_is_made_again_with_what_depends_on_it(workspace: Workspac
             "all": 1,
         }
         # The file alone, so that its bits can be compared.
-        workspace.snakemake("--quiet", "rules", str(shard.relative_to(workspace.folder)))
+        workspace.snakemake(str(shard.relative_to(workspace.folder)))
         assert shard.read_bytes() == content
     finally:
         if not shard.exists():
@@ -168,7 +167,7 @@ def test_broken_input_is_one_sentence_in_the_failed_jobs_log(
     (fit / "fit.npz").write_bytes((source / "fit.npz").read_bytes()[:100])
     (fit / "reference_images.json").write_text('[["cam0", 0]]')
     result = run_snakemake(
-        tmp_path, "--cores", "1", "--quiet", "rules", "track_all", "--config", "subject=fit",
+        tmp_path, "track_all", "--cores", "1", "--quiet", "rules", "--config", "subject=fit",
         "driving=demo", "quality=demo", "head_model={path: demo}",
         "--configfile", str(CONFIG),
         environment=workspace.variables,
