@@ -1,6 +1,6 @@
 """Where the landmarks lie on the surface of a head model.
 
-The landmark network is shown renderings of the head model at rest from many sides; the surface points
+The landmark network is shown renderings of the head model's template from many sides; the surface points
 that appear under its landmarks, averaged over the views that see them well, are the registration of
 the network's face mesh to the model. This needs no hand-made table, so it serves any head model in
 FLAME's format. How far the views disagree tells how well a landmark is defined on the surface.
@@ -40,7 +40,7 @@ Array = NDArray[np.float64]
 
 NUM_SKIN_VERTICES = 3931
 EYEBALLS = (slice(4477, 5023), slice(3931, 4477))  # left and right of the picture
-_VERSION = 3
+_VERSION = 6
 _PICTURE_SIDE = 512
 _FOCAL = 3.0  # of the picture side
 _DISTANCE_M = 1.25
@@ -60,6 +60,8 @@ _MIN_VIEWS = 3
 _MAX_DISAGREEMENT_M = 0.02
 # Landmarks whose surface points scatter more are placed by their neighbours.
 _MAX_SPREAD_M = 0.006
+# Eyeballs this far behind the lids are misplaced; where they belong instead.
+_SUNKEN_M, _LID_THICKNESS_M = 0.008, 0.002
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Correspondence:
     """Landmarks on the surface of a head model.
 
     faces (468,) index into the model's faces; barycentrics (468, 3); spread_m (468,): how far the
-    views disagree; points (468, 3): place on the head at rest; picture: (H, W, 3) that shows it.
+    views disagree; points (468, 3): place on the template; picture: (H, W, 3) that shows it.
     bias (Y, 468, 2): in metres across the line of sight (x right, y up when the head is upright),
     where the network saw each landmark beside its place on the surface, for every yaw of
     BIAS_YAW_DEG, averaged over pitch. It is what the network does wrong on turned heads, and where
@@ -160,8 +162,10 @@ def compute_correspondence(
     Raises:
         UserError: no face is recognised in the renderings of the model.
     """
-    vertices = rest_vertices(model)
     faces = model.faces.numpy()
+    vertices = template_vertices(model)
+    for part, shift in zip(EYEBALLS, sunken_eyes(vertices), strict=True):
+        vertices[part] += shift
     albedo = _paint(vertices)
     hits, weights, shapes = [], [], []
     picture = np.full((8, 8, 3), 255, np.uint8)
@@ -222,12 +226,36 @@ def _measure_bias(
     return bias[nearest]
 
 
-def rest_vertices(model: HeadModel) -> Array:
-    """(V, 3) vertices of the mean head without expression, at the origin."""
-    zero = torch.zeros(1, 3)
+def template_vertices(model: HeadModel) -> Array:
+    """(V, 3) vertices of the mean head before pose correctives.
+
+    The constant correctives of a posed head can part its lips and close its lids, the template's
+    neutral face cannot be mistaken. Places on the surface are the same.
+    """
     with torch.no_grad():
-        output = model(torch.zeros(model.num_shape), torch.zeros(1, model.num_expr), zero, zero)
-    return output.vertices[0].double().numpy()
+        vertices: Array = model.neutral(torch.zeros(model.num_shape)).double().numpy()
+    return vertices
+
+
+def sunken_eyes(vertices: Array) -> Array:
+    """(2, 3) shifts that bring eyeballs that lie deep behind the lids up to them, else zero.
+
+    Templates exist whose eyes lie centimetres too deep (the public one with texture coordinates).
+    Behind their lids no eye can be seen, and the direction of gaze would come out wrong.
+    """
+    skin = vertices[:NUM_SKIN_VERTICES]
+    shifts = np.zeros((2, 3))
+    for number, part in enumerate(EYEBALLS):
+        ball = vertices[part]
+        center, radius = eyeball_center(ball)
+        across = np.linalg.norm((skin - center)[:, :2], axis=1)
+        lids = skin[(across < 0.7 * radius) & (skin[:, 2] > center[2])]
+        if not len(lids):
+            continue
+        gap = float(lids[:, 2].max() - ball[:, 2].max())
+        if gap > _SUNKEN_M:
+            shifts[number, 2] = gap - _LID_THICKNESS_M
+    return shifts
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ _RIGID_ANGLE, _RIGID_SHIFT_M = np.deg2rad(1.0), 0.002
 # Typical accelerations at 30 frames per second: rotation (rad), translation (m; sideways, depth),
 # expression (standard deviations), per frame squared.
 _REFERENCE_FPS = 30.0
-_ACCELERATION = {"rot": np.deg2rad(0.25), "side": 0.0008, "depth": 0.0010, "expr": 0.15}
-_BLINK_ACCELERATION = 1.0
+_ACCELERATION = {"rot": np.deg2rad(0.55), "side": 0.0018, "depth": 0.0022, "expr": 0.33}
+_BLINK_ACCELERATION = 2.0
 # Shape and cameras of long recordings are estimated from so many frames.
 _MAX_SHARED_FRAMES = 24
 # Uncertainty of the pose of further cameras before seeing anything (radians and metres).

@@ -20,6 +20,7 @@ from cap4d_core.tracking.correspondence import (
     EYEBALLS,
     Correspondence,
     eyeball_center,
+    sunken_eyes,
 )
 
 Array = NDArray[np.float64]
@@ -115,8 +116,8 @@ class LandmarkModel:
         """Eyeballs of an identity at rest: centres (2, 3), pupils (2, 3), radii (2,)."""
         vertices = self._whole_head(shape)[0]
         centers, pupils, radii = [], [], []
-        for part in EYEBALLS:
-            ball = vertices[part]
+        for part, shift in zip(EYEBALLS, sunken_eyes(vertices), strict=True):
+            ball = vertices[part] + shift
             center, radius = eyeball_center(ball)
             centers.append(center)
             pupils.append(ball[ball[:, 2].argmax()])
