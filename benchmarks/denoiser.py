@@ -8,14 +8,16 @@ time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
 `step` shows), `-merged` folds enlargement into convolutions, `-compiled` is under torch.compile,
-`-graphs` also in CUDA graphs. The time of the first call of a compiled form depends on the folder
-TORCHINDUCTOR_CACHE_DIR: run twice to see it cold and warm.
+`-graphs` also in CUDA graphs. Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run
+twice to see the first call cold and warm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_cost import DenoiserCost, plain_cost, sampling_cost
@@ -40,6 +43,7 @@ TYPES = {
 
 def main() -> None:
     arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = MMDMConfig(**SMALL) if arguments.size == "small" else MMDMConfig()
     if arguments.count:
@@ -148,8 +152,11 @@ def make_call(
         return fast.reference_features(clean, clean_maps, fast.time_biases(500), True)
 
     function: Callable[..., Any] = fast
-    if compiled:
+    if "graphs" in form:
         function = torch.compile(fast.forward, **options)
+    elif compiled:
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        function = CompiledDenoiser(fast, Path(kept) if kept else None)
     return lambda: function(latents, maps, biases, features, references, True), step
 
 

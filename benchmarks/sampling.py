@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import resource
 import shutil
 import tempfile
@@ -101,6 +102,7 @@ class StepTimes:
 
 def main() -> None:
     arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = SMALL if arguments.size == "small" else MMDMConfig()
     settings = SamplingSettings(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
-from cap4d_core.diffusion.fast_sampling import Call, FastSamplingDenoiser
+from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.network_setup import choose_batches_per_call, choose_precision
 from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.settings import SamplingSettings
@@ -91,15 +91,18 @@ def route_denoiser(
     fast = FastDenoiser(denoiser, memory_format=layout)
     if not route.compiled:
         return FastSamplingDenoiser(fast)
-    if compile_cache is not None:
-        use_compile_cache(compile_cache)
-    return FastSamplingDenoiser(fast, CompiledDenoiser(fast), same_shapes=True)
+    folder = None if compile_cache is None else use_compile_cache(compile_cache)
+    return FastSamplingDenoiser(fast, CompiledDenoiser(fast, folder), same_shapes=True)
 
 
-def use_compile_cache(folder: Path) -> None:
-    """Keeps compiled kernels in a subfolder for this GPU and torch, unless the user set one."""
+def use_compile_cache(folder: Path) -> Path | None:
+    """Keeps compiled kernels in a subfolder for this GPU and torch, unless the user set another.
+
+    Returns:
+        The folder, None if it cannot be written.
+    """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     kind = "cpu"
     if torch.cuda.is_available():
         kind = "sm" + "".join(map(str, torch.cuda.get_device_capability()))
@@ -109,45 +112,8 @@ def use_compile_cache(folder: Path) -> None:
         writable = os.access(target, os.W_OK)
     except OSError:
         writable = False
-    if writable:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.resolve())
-    else:
+    if not writable:
         logger.info("Compiled kernels are not kept: %s cannot be written.", target)
-
-
-class CompiledDenoiser:
-    """A compiled FastDenoiser, or itself if it cannot be compiled here.
-
-    Args:
-        denoiser: fast denoiser.
-        options: for torch.compile.
-
-    Attributes:
-        is_compiled: False once compiling failed.
-    """
-
-    def __init__(self, denoiser: FastDenoiser, **options: Any) -> None:
-        self._plain: Call = denoiser
-        self._call: Call = torch.compile(
-            denoiser.forward, **({"dynamic": False, "fullgraph": True} | options)
-        )
-        self._works = False
-        self.is_compiled = True
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        """As FastDenoiser."""
-        if self._works:
-            return self._call(*arguments)
-        try:
-            noise = self._call(*arguments)
-            self._works = True
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers fail in many ways
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning("Sampling without compiled kernels: %s", reason)
-            self._call = self._plain
-            self._works = True
-            self.is_compiled = False
-            noise = self._call(*arguments)
-        return noise
+        return None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.resolve())
+    return target

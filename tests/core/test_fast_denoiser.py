@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_cost import plain_cost, sampling_cost
 from cap4d_core.diffusion.denoiser_program import Kind, Savings, plan_program
 from cap4d_core.diffusion.denoiser_setup import (
-    CompiledDenoiser,
     DenoiserRoute,
     choose_route,
     route_denoiser,
@@ -271,6 +272,26 @@ def test_failing_compiler_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     with torch.no_grad():
         actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast, backend=broken))
     assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
+
+
+@pytest.mark.slow
+def test_compiled_form_is_kept(tmp_path: Path) -> None:
+    """A second process-like user loads it, with other weights, and a damaged file is replaced."""
+    latents, c = inputs(TINY, 2, torch.float32)
+    for seed, loaded in ((0, False), (1, True)):
+        fast = FastDenoiser(random_denoiser(TINY, seed))
+        call = CompiledDenoiser(fast, tmp_path)
+        with torch.no_grad():
+            expected = fast_noise(fast, latents, c, 2, True)
+            actual = fast_noise(fast, latents, c, 2, True, call)
+        assert call.is_compiled and call.was_loaded == loaded
+        assert deviation(actual, expected) < 1e-5
+    (file,) = tmp_path.glob("*.bin")
+    size = file.stat().st_size
+    file.write_bytes(b"rubbish")
+    with torch.no_grad():
+        fast_noise(fast, latents, c, 2, True, CompiledDenoiser(fast, tmp_path))
+    assert file.stat().st_size > size / 2
 
 
 def test_route_depends_on_the_whole_job() -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cap4d_core.diffusion.autoencoder import Autoencoder
+from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.decoding import _Decoder
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
-from cap4d_core.diffusion.denoiser_setup import CompiledDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.grouping import SeededGrouping
