@@ -57,8 +57,7 @@ def test_float32_equals_the_plain_denoiser(references: int, merge: bool) -> None
 
 
 @pytest.mark.parametrize("references", [1, 3])
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("merge", "compiled"), [(False, False), (True, False), (True, True)])
 def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
     references: int, merge: bool, compiled: bool
 ) -> None:
