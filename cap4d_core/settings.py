@@ -315,6 +315,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "num_gaussians_init": 8_000,
             "sh_warmup": 100,
             "static_neck": True,
+            "densify_from": 0,
             "densify_until": 0,
             "lr_position": 1e-2,
             "lr_feature": 2e-2,
