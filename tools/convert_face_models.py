@@ -25,11 +25,12 @@ from ai_edge_litert import schema_py_generated as schema
 from flatbuffers import flexbuffers
 from safetensors.torch import save_file
 
+FOLDER = "mediapipe/modules/"
 MODELS = {
-    "face_detection_short_range": "mediapipe/modules/face_detection/face_detection_short_range",
-    "face_detection_full_range": "mediapipe/modules/face_detection/face_detection_full_range_sparse",
-    "face_landmarks": "mediapipe/modules/face_landmark/face_landmark_with_attention",
-    "selfie_segmentation": "mediapipe/modules/selfie_segmentation/selfie_segmentation",
+    "face_detection_short_range": "face_detection/face_detection_short_range",
+    "face_detection_full_range": "face_detection/face_detection_full_range_sparse",
+    "face_landmarks": "face_landmark/face_landmark_with_attention",
+    "selfie_segmentation": "selfie_segmentation/selfie_segmentation",
 }
 _DTYPES = {0: np.float32, 1: np.float16, 2: np.int32, 3: np.uint8, 4: np.int64, 6: np.bool_}
 _OPERATORS = {
@@ -153,9 +154,7 @@ def convert(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     for entry in operations:
         if entry["op"] == "CONV_2D":
             kernels[entry["inputs"][1]] = (0, 3, 1, 2)
-        elif entry["op"] == "DEPTHWISE_CONV_2D":
-            kernels[entry["inputs"][1]] = (3, 0, 1, 2)
-        elif entry["op"] == "Convolution2DTransposeBias":
+        elif entry["op"] in ("DEPTHWISE_CONV_2D", "Convolution2DTransposeBias"):
             kernels[entry["inputs"][1]] = (3, 0, 1, 2)
     for number, order in kernels.items():
         constants[number] = constants[number].permute(*order).contiguous()
@@ -179,14 +178,14 @@ def main() -> None:
     provenance = {"package": arguments.wheel.name, "licence": "Apache-2.0", "models": {}}
     with zipfile.ZipFile(arguments.wheel) as wheel:
         for name, member in MODELS.items():
-            data = wheel.read(member + ".tflite")
+            data = wheel.read(FOLDER + member + ".tflite")
             description, constants = convert(data)
             weights = arguments.output / f"{name}.safetensors"
             save_file(constants, weights)
             text = json.dumps(description, separators=(",", ":")) + "\n"
             (arguments.output / f"{name}.json").write_text(text, "utf-8")
             provenance["models"][name] = {
-                "source": member + ".tflite",
+                "source": FOLDER + member + ".tflite",
                 "source_sha256": hashlib.sha256(data).hexdigest(),
                 "graph_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

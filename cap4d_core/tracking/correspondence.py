@@ -1,9 +1,10 @@
 """Where the landmarks lie on the surface of a head model.
 
-The landmark network is shown renderings of the head model's template from many sides; the surface points
-that appear under its landmarks, averaged over the views that see them well, are the registration of
-the network's face mesh to the model. This needs no hand-made table, so it serves any head model in
-FLAME's format. How far the views disagree tells how well a landmark is defined on the surface.
+The landmark network is shown renderings of the head model's template from many sides; the surface
+points that appear under its landmarks, averaged over the views that see them well, are the
+registration of the network's face mesh to the model. This needs no hand-made table, so it serves
+any head model in FLAME's format. How far the views disagree tells how well a landmark is defined on
+the surface.
 
 Conventions: head space, metres (see cap4d_core.flame.model). Vertices 3931.. are the eyeballs.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.interpolate import RBFInterpolator
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_fill_holes, distance_transform_edt
 from scipy.spatial import cKDTree
 
 from cap4d_core.errors import InputFileError, UserError
@@ -40,7 +41,7 @@ Array = NDArray[np.float64]
 
 NUM_SKIN_VERTICES = 3931
 EYEBALLS = (slice(4477, 5023), slice(3931, 4477))  # left and right of the picture
-_VERSION = 6
+_VERSION = 10
 _PICTURE_SIDE = 512
 _FOCAL = 3.0  # of the picture side
 _DISTANCE_M = 1.25
@@ -51,6 +52,7 @@ BIAS_YAW_DEG = (-70.0, -50.0, -32.0, -15.0, 0.0, 15.0, 32.0, 50.0, 70.0)
 _BIAS_PITCH_DEG = (-22.0, 0.0, 22.0)
 _LIGHT = np.array([0.0, 0.45, 0.9])
 _SKIN, _WHITE = (0.85, 0.62, 0.52), (0.93, 0.92, 0.90)
+_MOUTH = (0.20, 0.07, 0.07)
 _IRIS, _PUPIL = (0.30, 0.20, 0.12), (0.03, 0.03, 0.03)
 # Surfaces seen at a flatter angle than this (cosine) do not say where a landmark is.
 _MIN_FACING = 0.25
@@ -60,6 +62,10 @@ _MIN_VIEWS = 3
 _MAX_DISAGREEMENT_M = 0.02
 # Landmarks whose surface points scatter more are placed by their neighbours.
 _MAX_SPREAD_M = 0.006
+# Inner lips closer than this, relative to the width of the mouth, are parted by turning the jaw.
+_OPEN_LIPS, _JAW_ANGLE, _JAW_JOINT = 0.12, np.deg2rad(12.0), 2
+# Larger shifts than this show a network that is lost rather than one that is a little off.
+_MAX_BIAS_M = 0.005
 # Eyeballs this far behind the lids are misplaced; where they belong instead.
 _SUNKEN_M, _LID_THICKNESS_M = 0.008, 0.002
 
@@ -166,6 +172,9 @@ def compute_correspondence(
     vertices = template_vertices(model)
     for part, shift in zip(EYEBALLS, sunken_eyes(vertices), strict=True):
         vertices[part] += shift
+    if _lip_gap(_render(vertices, faces, _paint(vertices), 0, 0), detector, network) < _OPEN_LIPS:
+        # On closed lips the landmarks of upper and lower lip would be one and the same place.
+        vertices = open_jaw(model, vertices, _JAW_ANGLE)
     albedo = _paint(vertices)
     hits, weights, shapes = [], [], []
     picture = np.full((8, 8, 3), 255, np.uint8)
@@ -218,7 +227,9 @@ def _measure_bias(
                 metres = offset * expected[:, 2:] / (_FOCAL * _PICTURE_SIDE)
                 seen.append(metres * [1.0, -1.0])
         if seen:
-            bias[i] = np.mean(seen, axis=0)
+            mean = np.mean(seen, axis=0)
+            size = np.linalg.norm(mean, axis=-1, keepdims=True)
+            bias[i] = mean * np.minimum(1.0, _MAX_BIAS_M / np.maximum(size, 1e-9))
     known = np.flatnonzero(np.isfinite(bias[:, 0, 0]))
     if not len(known):
         return np.zeros_like(bias)
@@ -235,6 +246,27 @@ def template_vertices(model: HeadModel) -> Array:
     with torch.no_grad():
         vertices: Array = model.neutral(torch.zeros(model.num_shape)).double().numpy()
     return vertices
+
+
+def open_jaw(model: HeadModel, vertices: Array, angle: float) -> Array:
+    """Turns the jaw of a template about its joint, by skinning alone."""
+    joint = model.joint_template.double().numpy().reshape(-1, 3)[_JAW_JOINT]
+    weight = model.skinning_weights[_JAW_JOINT].double().numpy()[:, None]
+    cosine, sine = np.cos(angle), np.sin(angle)
+    turn = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+    moved = (vertices - joint) @ turn.T + joint
+    result: Array = vertices + weight * (moved - vertices)
+    return result
+
+
+def _lip_gap(view: _View, detector: FaceDetector, network: LandmarkNetwork) -> float:
+    """Distance between the inner lips relative to the mouth's width; 0 when no face is seen."""
+    found = detector.detect(view.image)
+    if not found:
+        return 0.0
+    points = network.predict(view.image, region_of_detection(found[0])).points[:, :2]
+    width = np.linalg.norm(points[61] - points[291])
+    return float(np.linalg.norm(points[13] - points[14]) / max(float(width), 1e-6))
 
 
 def sunken_eyes(vertices: Array) -> Array:
@@ -301,7 +333,9 @@ def eyeball_center(ball: Array) -> tuple[Array, float]:
     return center, radius
 
 
-def _render(vertices: Array, faces: NDArray[np.int64], albedo: Array, yaw: float, pitch: float) -> _View:
+def _render(
+    vertices: Array, faces: NDArray[np.int64], albedo: Array, yaw: float, pitch: float
+) -> _View:
     a, b = np.deg2rad(yaw), np.deg2rad(pitch)
     turn_y = np.array([[np.cos(a), 0, np.sin(a)], [0, 1, 0], [-np.sin(a), 0, np.cos(a)]])
     turn_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -326,8 +360,11 @@ def _render(vertices: Array, faces: NDArray[np.int64], albedo: Array, yaw: float
     smooth /= np.linalg.norm(smooth, axis=1, keepdims=True) + 1e-20
     shade = 0.35 + 0.65 * np.clip(smooth @ (_LIGHT / np.linalg.norm(_LIGHT)), 0, 1)
     colours = albedo * shade[:, None]
-    covered = index >= 0
+    covered: NDArray[np.bool_] = index >= 0
     image = np.full((side, side, 3), 0.55)
+    # Looking through the open mouth, the network must not see a bright background.
+    inside: NDArray[np.bool_] = binary_fill_holes(covered)
+    image[inside & ~covered] = _MOUTH
     image[covered] = (colours[faces[index[covered]]] * weights[covered][..., None]).sum(1)
     sight = -turned + np.array([0.0, 0.0, _DISTANCE_M])
     sight /= np.linalg.norm(sight, axis=1, keepdims=True)
@@ -347,9 +384,7 @@ def _to_screen(turned: Array) -> Array:
     return np.stack([u, v, depth], axis=-1)
 
 
-def _surface_points(
-    view: _View, landmarks: Array, faces: NDArray[np.int64]
-) -> tuple[Array, Array]:
+def _surface_points(view: _View, landmarks: Array, faces: NDArray[np.int64]) -> tuple[Array, Array]:
     """Skin under each landmark: (468, 3) points and (468,) weights, 0 where there is none."""
     side = len(view.face_index)
     covered = view.face_index >= 0

@@ -1,7 +1,7 @@
 """Face detection: where faces are in a picture, with six key points each.
 
-Two single-shot detectors (BlazeFace, Bazarevsky et al. 2019): one for faces that fill a good part of
-the picture, one for smaller faces. Pictures are (H, W, 3) uint8 RGB; coordinates are pixels with
+Two single-shot detectors (BlazeFace, Bazarevsky et al. 2019): one for faces that fill a good part
+of the picture, one for smaller faces. Pictures are (H, W, 3) uint8 RGB; coordinates are pixels with
 (0, 0) at the outer corner of the first pixel.
 """
 
@@ -46,7 +46,9 @@ class Detection:
     def shifted(self, x: float, y: float) -> Detection:
         """The same face in a picture whose origin lies (x, y) pixels to the upper left."""
         x0, y0, x1, y1 = self.box
-        return Detection((x0 + x, y0 + y, x1 + x, y1 + y), self.score, self.points + [x, y])
+        return Detection(
+            (x0 + x, y0 + y, x1 + x, y1 + y), self.score, self.points + np.array([x, y])
+        )
 
 
 @dataclass(frozen=True)

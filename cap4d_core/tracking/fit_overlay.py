@@ -44,8 +44,8 @@ class OverlayWriter:
             folder: where to write.
             fps: frame rate of the film, None for photos.
             faces: triangles of the head.
-            places: frames of overlay.png by (camera, timestep) and their order; None = frames spread
-                over the film.
+            places: frames of overlay.png by (camera, timestep) and their order; None = frames
+                spread over the film.
         """
         self._folder, self._fps, self._faces, self._places = folder, fps, faces, places
         self._tiles: dict[int, NDArray[np.floating]] = {}

@@ -1,8 +1,8 @@
 """Eye rotation from the irises, and which eyes are open.
 
-The centre of an iris lies on the eyeball of the fitted head where the line of sight through it meets
-the sphere of the pupils. Eye corners tell how far the fitted eye is off in the picture; the iris is
-corrected by that, because a millimetre beside the eye would count as five degrees of gaze.
+The centre of an iris lies on the eyeball of the fitted head where the line of sight through it
+meets the sphere of the pupils. Eye corners tell how far the fitted eye is off in the picture; the
+iris is corrected by that, because a millimetre beside the eye would count as five degrees of gaze.
 
 Conventions: as in cap4d_core.tracking.landmark_fit. The head model turns both eyes alike.
 """
@@ -68,8 +68,8 @@ def estimate_gaze(
     centers, pupils, _ = model.eyes(fit.shape)
     radii = np.linalg.norm(pupils - centers, axis=1)
     ahead = (pupils - centers) / radii[:, None]
-    own, turned, camera, pixels = fitter._camera_points(fit)
-    visible = fitter._visibility(fit, camera)
+    _, _, camera, pixels = fitter.camera_points(fit)
+    visible = fitter.visibility(fit, camera)
     total, weight = np.zeros((fit.expr.shape[0], 2)), np.zeros(fit.expr.shape[0])
     openness = np.zeros(fit.expr.shape[0])
     for o, (t, c) in enumerate(zip(fitter.frame, fitter.camera, strict=True)):

@@ -27,14 +27,27 @@ from cap4d_core.tracking.landmark_model import LandmarkModel
 Array = NDArray[np.float64]
 
 _FLIP = np.array([1.0, -1.0, -1.0])
-# Error of the landmarks in the picture, relative to the face, on top of their spread on the surface.
+# Error of the landmarks in the picture relative to the face, on top of their spread on the head.
 _PIXEL_SIGMA = 0.010
 # Landmarks err together: so many of them count as one observation.
 _CORRELATED = 6.0
+# Upper and lower lids, upper and lower lip: how far they are apart is seen better than where they
+# are, and it is what blinking and talking change.
+LID_AND_LIP_PAIRS = np.array(
+    [
+        *[(159, 145), (160, 144), (158, 153), (161, 163), (157, 154)],
+        *[(386, 374), (387, 373), (385, 380), (388, 390), (384, 381)],
+        *[(13, 14), (82, 87), (312, 317), (81, 178), (311, 402), (80, 88), (310, 318), (0, 17)],
+    ]
+)
+_PAIR_SIGMA = 0.006
+# The last coefficient is a blink by itself: lids should close by it rather than by a mixture.
+_BLINK_PRIOR = 0.1
 # Residuals beyond this many sigmas lose influence.
 _ROBUST_SCALE = 3.0
-# Distance of the head and its uncertainty (log), and focal length per picture side. One picture hardly
-# tells them apart. The released fits, which the diffusion model learnt from, lie at 1.1 to 1.5 m.
+# Distance of the head and its uncertainty (log), and focal length per picture side. One picture
+# hardly tells them apart. The released fits, which the diffusion model learnt from, lie at 1.1 to
+# 1.5 m.
 _DISTANCE_M, _DISTANCE_LOG_SIGMA = 1.2, 0.2
 _FOCAL, _FOCAL_LOG_SIGMA = 2.0, 1.0
 # A change of shape or expression that looks like a turn or shift of the face belongs to the pose.
@@ -54,9 +67,9 @@ _CAMERA_SIGMA = 1.0
 class Camera:
     """What is known of a camera: size (height, width), focal length, pose.
 
-    focal_px: focal length in pixels, None = not known; focal_log_sigma: its relative uncertainty
-    (0 = exact); center: principal point (x, y), None = middle of the picture; extr: (4, 4) world-to-camera, None = to be estimated (the first camera then
-    defines the world).
+    focal_px: focal length in pixels, None = not known; focal_log_sigma: its relative uncertainty (0
+    = exact); center: principal point (x, y), None = middle of the picture; extr: (4, 4)
+    world-to-camera, None = to be estimated (the first camera then defines the world).
     """
 
     size: tuple[int, int]
@@ -80,8 +93,8 @@ class Observation:
 class LandmarkFit:
     """Result: shape (S,), expr (T, E), rotation (T, 3, 3), tra (T, 3), focal (C,), extr (C, 4, 4).
 
-    residuals: (O,) weighted mean distance between observed and fitted landmarks that face the camera,
-    relative to the size of the face.
+    residuals: (O,) weighted mean distance between observed and fitted landmarks that face the
+    camera, relative to the size of the face.
     """
 
     shape: Array
@@ -151,6 +164,7 @@ class LandmarkFitter:
         self.base_weight = self.precision * model.density_weight / _CORRELATED
         centers = [c.center or (c.size[1] / 2, c.size[0] / 2) for c in self.cameras]
         self.center = np.array(centers)
+        self.pair_precision = 1.0 / _PAIR_SIGMA**2
         self.rigid_shape = _rigid_part(model.rest, model.shape_basis)
         self.rigid_expression = _rigid_part(model.rest, model.expression_basis)
 
@@ -208,9 +222,7 @@ class LandmarkFitter:
         chosen = [int(np.linalg.norm(rotation - rotation.mean(0), axis=1).argmin())]
         distance = np.full(self.num_frames, np.inf)
         while len(chosen) < _MAX_SHARED_FRAMES:
-            distance = np.minimum(
-                distance, np.linalg.norm(features - features[chosen[-1]], axis=1)
-            )
+            distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
             chosen.append(int(distance.argmax()))
         return np.unique(chosen)
 
@@ -294,7 +306,7 @@ class LandmarkFitter:
             camera = state.extr[c]
             state.tra[t] = _FLIP * (camera[:3, :3].T @ (_FLIP * shift - camera[:3, 3]))
 
-    def _camera_points(self, state: LandmarkFit) -> tuple[Array, Array, Array, Array]:
+    def camera_points(self, state: LandmarkFit) -> tuple[Array, Array, Array, Array]:
         """Own-frame points (T, N, 3); turned (O, N, 3); camera (O, N, 3); pixels (O, N, 2)."""
         own = self.model.points(state.shape, state.expr, self._offset)
         turned = own @ state.rotation.transpose(0, 2, 1)
@@ -313,12 +325,11 @@ class LandmarkFitter:
         extr = state.extr[self.camera]
         rotation = flip @ extr[:, :3, :3] @ flip @ state.rotation[self.frame]
         position = (
-            np.einsum("oij,oj->oi", extr[:, :3, :3], state.tra[self.frame] * _FLIP)
-            + extr[:, :3, 3]
+            np.einsum("oij,oj->oi", extr[:, :3, :3], state.tra[self.frame] * _FLIP) + extr[:, :3, 3]
         ) * _FLIP
         return _turn_towards(-position).transpose(0, 2, 1) @ rotation
 
-    def _visibility(self, state: LandmarkFit, camera: Array) -> Array:
+    def visibility(self, state: LandmarkFit, camera: Array) -> Array:
         """(O, N) 0..1: whether the surface at a landmark faces the camera."""
         normals = self.model.normals @ state.rotation.transpose(0, 2, 1)
         seen = (normals[self.frame] * _FLIP) @ state.extr[self.camera, :3, :3].transpose(0, 2, 1)
@@ -329,24 +340,36 @@ class LandmarkFitter:
 
     def _weights(self, state: LandmarkFit, camera: Array, residual: Array) -> Array:
         """(O, N) influence of every landmark: its precision, visibility and robust weight."""
-        base = self.base_weight * self._visibility(state, camera) * self.trust[:, None]
+        base = self.base_weight * self.visibility(state, camera) * self.trust[:, None]
         square = (residual**2).sum(-1) * self.precision
         weights: Array = base / (1.0 + square / _ROBUST_SCALE**2) ** 2
         return weights
 
+    def _pair_weights(self, weight: Array, residual: Array) -> Array:
+        """(O, P) influence of the distances between lids and between lips."""
+        first, second = LID_AND_LIP_PAIRS.T
+        visible = np.minimum(weight[:, first], weight[:, second])
+        difference = ((residual[:, first] - residual[:, second]) ** 2).sum(-1)
+        robust = 1.0 / (1.0 + difference * self.pair_precision / _ROBUST_SCALE**2) ** 2
+        pairs: Array = visible * robust * self.pair_precision / _CORRELATED
+        return pairs * self.trust[:, None]
+
     def _residual_figures(self, state: LandmarkFit) -> Array:
-        _, _, camera, pixels = self._camera_points(state)
+        _, _, camera, pixels = self.camera_points(state)
         distance = np.linalg.norm(pixels - self.pixels, axis=-1) / self.size[:, None]
-        weight = self.base_weight * self._visibility(state, camera)
+        weight = self.base_weight * self.visibility(state, camera)
         figures: Array = (distance * weight).sum(1) / weight.sum(1)
         return figures
 
     def _step(self, state: LandmarkFit, free: _Free, smoothness: float) -> None:
         """One Gauss-Newton step on everything that is free."""
         model = self.model
-        _, turned, camera, pixels = self._camera_points(state)
+        _, turned, camera, pixels = self.camera_points(state)
         residual = (pixels - self.pixels) / self.size[:, None, None]
         weight = self._weights(state, camera, residual)
+        pairs = self._pair_weights(self.visibility(state, camera), residual)
+        weight = np.concatenate([weight, pairs], axis=1)
+        residual = _with_pairs(residual, axis=1)
         num_expr = state.expr.shape[1] if free.expression else 0
         num_shape = len(state.shape) if free.shape else 0
         num_cameras = len(self.cameras)
@@ -373,6 +396,7 @@ class LandmarkFitter:
             in_own_frame = to_head @ state.rotation[t]
             if num_expr:
                 jacobian[:, :, 6:] = in_own_frame @ model.expression_basis
+            jacobian = _with_pairs(jacobian)
             weighted = jacobian * weight[o, :, None, None]
             flat, flat_weighted = jacobian.reshape(-1, size), weighted.reshape(-1, size)
             frame_matrix[t] += flat_weighted.T @ flat
@@ -389,7 +413,7 @@ class LandmarkFitter:
                 inside = camera[o] - state.extr[c, :3, 3]
                 shared[:, :, first + 1 : first + 4] = np.cross(inside[:, None], slope)
                 shared[:, :, first + 4 : first + 7] = slope
-            flat_shared = shared.reshape(-1, shared_size)
+            flat_shared = _with_pairs(shared).reshape(-1, shared_size)
             cross[t] += flat_weighted.T @ flat_shared
             by_weight = flat_shared * np.repeat(weight[o], 2)[:, None]
             shared_matrix += by_weight.T @ flat_shared
@@ -416,6 +440,7 @@ class LandmarkFitter:
         frame_matrix[:, diagonal, diagonal] += 1e-3
         if free.expression:
             prior = np.eye(state.expr.shape[1]) + self.rigid_expression
+            prior[-1, -1] *= _BLINK_PRIOR
             frame_matrix[:, 6:, 6:] += prior
             frame_vector[:, 6:] += state.expr @ prior
         num_shape = len(state.shape) if free.shape else 0
@@ -514,6 +539,13 @@ class LandmarkFitter:
             state.extr[c, :3, 3] += np.clip(move[4:7], -0.3, 0.3)
 
 
+def _with_pairs(values: Array, axis: int = 0) -> Array:
+    """Values per landmark, followed by their differences over the lid and lip pairs."""
+    first, second = LID_AND_LIP_PAIRS.T
+    difference = np.take(values, first, axis) - np.take(values, second, axis)
+    return np.concatenate([values, difference], axis)
+
+
 def _turn_towards(directions: Array) -> Array:
     """(O, 3, 3) smallest rotations that take +z to the given directions (O, 3)."""
     unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -576,7 +608,8 @@ def _solve_banded(matrix: Array, weights: Array, right: Array) -> Array:
     index = np.arange(size)
     for offset in range(size):
         values = np.zeros((frames, size))
-        values[:, : size - offset] = matrix[:, index[: size - offset] + offset, index[: size - offset]]
+        column = index[: size - offset]
+        values[:, : size - offset] = matrix[:, column + offset, column]
         lower[offset] += values.reshape(-1)
     for distance in range(3):
         lower[distance * size] += (stencil[:, distance, None] * weights).reshape(-1)

@@ -65,8 +65,8 @@ class LandmarkModel:
         """Where the network sees the landmarks beside their place, as it was measured.
 
         Args:
-            rotation: (O, 3, 3) head axes to axes along the line of sight (+x right, +y up, +z to the
-                viewer).
+            rotation: (O, 3, 3) head axes to axes along the line of sight (+x right, +y up, +z to
+                the viewer).
 
         Returns:
             (O, N, 2) metres along the first two of those axes.
@@ -90,7 +90,8 @@ class LandmarkModel:
 
     def points_of(self, vertices: Array) -> Array:
         """Landmarks on posed vertices: (..., V, 3) -> (..., N, 3)."""
-        points: Array = np.einsum("...nbc,nb->...nc", vertices[..., self._corners, :], self._weights)
+        corners = vertices[..., self._corners, :]
+        points: Array = np.einsum("...nbc,nb->...nc", corners, self._weights)
         return points
 
     def points(self, shape: Array, expr: Array, offset: Array | float = 0.0) -> Array:

@@ -1,12 +1,12 @@
 """478 face landmarks: dense mesh points, refined lips and eye lids, and both irises.
 
-The network (attention mesh, Grishchenko et al. 2020) looks at an upright square crop of one face. It
-is run twice per picture, the second time on a crop placed by the first result, and on the mirrored
-crop too: the mean of both is steadier than either.
+The network (attention mesh, Grishchenko et al. 2020) looks at an upright square crop of one face.
+It is run twice per picture, the second time on a crop placed by the first result, and on the
+mirrored crop too: the mean of both is steadier than either.
 
-Conventions: pictures are (H, W, 3) uint8 RGB. Points are (478, 3): x, y in pixels with (0, 0) at the
-outer corner of the first pixel; z in pixels too, smaller is nearer, about zero at the middle of the
-head. Point numbers are those of the MediaPipe face mesh; 468-472 are the iris at the left of an
+Conventions: pictures are (H, W, 3) uint8 RGB. Points are (478, 3): x, y in pixels with (0, 0) at
+the outer corner of the first pixel; z in pixels too, smaller is nearer, about zero at the middle of
+the head. Point numbers are those of the MediaPipe face mesh; 468-472 are the iris at the left of an
 upright picture (centre first), 473-477 the other.
 """
 

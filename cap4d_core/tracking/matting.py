@@ -142,9 +142,10 @@ def guided_filter(guide: Floats, values: Floats, radius: int, epsilon: float) ->
     cd, ce, cf = a * f - c * c, b * c - a * e, a * d - b * b
     determinant = np.maximum(a * ca + b * cb + c * cc, 1e-12)
     x, y, z = covariance[..., 0], covariance[..., 1], covariance[..., 2]
-    slope = (
+    slope = np.asarray(
         np.stack([ca * x + cb * y + cc * z, cb * x + cd * y + ce * z, cc * x + ce * y + cf * z], -1)
-        / determinant[..., None]
+        / determinant[..., None],
+        np.float32,
     )
     offset = values_mean - (slope * guide_mean).sum(-1)
     result = (mean(slope) * guide).sum(-1) + mean(offset)

@@ -1,7 +1,7 @@
 """Looks at every frame of a recording: face, landmarks, sharpness, and what is wrong with it.
 
-A frame that cannot be used is not an error; it carries the reason. Thresholds are on measures of the
-networks (docs/tracking.md says how they were found).
+A frame that cannot be used is not an error; it carries the reason. Thresholds are on measures of
+the networks (docs/tracking.md says how they were found).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def select_references(
         raise ValueError("no frames to select references from")
     features = np.stack(
         [
-            np.concatenate([[c.yaw_deg / _ANGLE_DEG, c.pitch_deg / _ANGLE_DEG], c.expr / _EXPRESSION])
+            np.array([c.yaw_deg / _ANGLE_DEG, c.pitch_deg / _ANGLE_DEG, *(c.expr / _EXPRESSION)])
             for c in candidates
         ]
     )

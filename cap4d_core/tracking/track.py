@@ -82,9 +82,9 @@ def track_subject(
 ) -> None:
     """Tracks the photos or the video of a subject.
 
-    Writes `fit.npz`, `reference_images.json`, `images/{camera}/*.png` (upright), `bg/{camera}/*.png`
-    (mattes), `overlay.png`, for videos also `overlay.mp4`, `cam_static.npz` and `cam_orbit.npz`,
-    `correspondence.npz` and `.png`, and `quality.json` (last).
+    Writes `fit.npz`, `reference_images.json`, `images/{camera}/*.png` (upright),
+    `bg/{camera}/*.png` (mattes), `overlay.png`, for videos also `overlay.mp4`, `cam_static.npz` and
+    `cam_orbit.npz`, `correspondence.npz` and `.png`, and `quality.json` (last).
 
     Args:
         source: photo, folder of photos, video, or folder with cam0, cam1, ... (see video_input).
@@ -225,9 +225,7 @@ def _observe(
 def _camera_of(camera: RecordedCamera, settings: TrackingSettings) -> Camera:
     known = camera.calibration
     if known is not None:
-        return Camera(
-            camera.size, (known.fx + known.fy) / 2, 0.0, known.extr, (known.cx, known.cy)
-        )
+        return Camera(camera.size, (known.fx + known.fy) / 2, 0.0, known.extr, (known.cx, known.cy))
     if settings.focal_px is not None:
         return Camera(camera.size, settings.focal_px)
     return Camera(camera.size, camera.focal_px, _EXIF_UNCERTAINTY)
@@ -422,9 +420,7 @@ class _PictureWriter:
     timestep, and a camera that misses moments gets the pictures of the others as placeholders.
     """
 
-    def __init__(
-        self, output_dir: Path, device: str | torch.device, recording: Recording
-    ) -> None:
+    def __init__(self, output_dir: Path, device: str | torch.device, recording: Recording) -> None:
         self._output_dir, self._recording = output_dir, recording
         self._matting = PortraitMatting(device)
         self._coverage: dict[tuple[int, int], float] = {}
@@ -467,9 +463,7 @@ def _write_camera_paths(output_dir: Path, fit: Tracking) -> Trajectory:
     static = Trajectory(
         static_extrinsics(fit.extr[0], fit.num_frames), fx, fy, cx, cy, (height, width), fps
     )
-    orbit = replace(
-        static, extr=orbit_extrinsics(fit.extr[0], fit.tra[0], fit.num_frames, fps)
-    )
+    orbit = replace(static, extr=orbit_extrinsics(fit.extr[0], fit.tra[0], fit.num_frames, fps))
     write_trajectory(output_dir / "cam_static.npz", static)
     write_trajectory(output_dir / "cam_orbit.npz", orbit)
     return static
@@ -544,7 +538,8 @@ def _write_quality(
         if (o.camera, o.timestep) in result.residual:
             entry["landmark_residual"] = round(result.residual[o.camera, o.timestep], 5)
         measured = figures.get((o.camera, o.timestep), {})
-        entry.update({k: v for k, v in measured.items() if k not in ("camera", "timestep", "flags")})
+        known = ("camera", "timestep", "flags")
+        entry.update({key: value for key, value in measured.items() if key not in known})
         entry["flags"] = [*o.flags, *measured.get("flags", [])]
         if o.problem is not None:
             entry["left_out"] = o.problem

@@ -1,11 +1,10 @@
 """Photos and videos as sequences of upright pictures, whatever way they were recorded.
 
 A recording is one of:
-    a photo, or a folder of photos: independent frames;
-    a video file (or a folder with nothing but one): consecutive frames;
-    a folder with sub-folders cam0, cam1, ... of either kind, all of the same moments: several cameras,
-    with an optional `calibration.json` ({"cam0": {"fx": ..., "fy": ..., "cx": ..., "cy": ...,
-    "extr": 4x4 world-to-camera in OpenCV axes}, ...}).
+    a photo, or a folder of photos: independent frames; a video file (or a folder with nothing but
+    one): consecutive frames; a folder with sub-folders cam0, cam1, ... of either kind, all of the
+    same moments: several cameras, with an optional `calibration.json` ({"cam0": {"fx": ..., "fy":
+    ..., "cx": ..., "cy": ..., "extr": 4x4 world-to-camera in OpenCV axes}, ...}).
 
 EXIF orientation and the rotation stored in videos are applied. Videos whose frames come at uneven
 times are resampled to their mean rate. Photos of different sizes or focal lengths become separate
@@ -33,7 +32,9 @@ from cap4d_core.settings import TrackingSettings
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".mpg", ".gif"})
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mts", ".mpg", ".gif"}
+)
 MIN_SIDE = 64
 # Intervals that differ more than this from their median make a variable frame rate.
 _UNEVEN = 0.25
@@ -160,7 +161,8 @@ def _open_file(source: Path, settings: TrackingSettings, limit: int | None) -> R
         source,
         f"a file of type '{source.suffix}'",
         _WHAT,
-        f"Photos: {', '.join(sorted(IMAGE_SUFFIXES))}; videos: {', '.join(sorted(VIDEO_SUFFIXES))}.",
+        f"Photos: {', '.join(sorted(IMAGE_SUFFIXES))}; "
+        f"videos: {', '.join(sorted(VIDEO_SUFFIXES))}.",
     )
 
 
