@@ -403,11 +403,11 @@ def _settings_problems(settings: SubjectSettings) -> list[str]:
             "mmdm.path: must name the weights when views are sampled (sampling.num_views is "
             f"{sampling.num_views}); set sampling.num_views to 0 to fit on the references alone"
         )
-    if fitting.uv_resolution < 2 or fitting.uv_resolution % 2**fitting.deform_net_layers:
+    smallest = max(8, 2**fitting.deform_net_layers)
+    if fitting.uv_resolution < smallest or fitting.uv_resolution.bit_count() != 1:
         problems.append(
-            f"fitting.uv_resolution: must be a multiple of {2**fitting.deform_net_layers}, because "
-            f"fitting.deform_net_layers is {fitting.deform_net_layers} "
-            f"(value {fitting.uv_resolution})"
+            f"fitting.uv_resolution: must be a power of two, at least {smallest} with "
+            f"fitting.deform_net_layers {fitting.deform_net_layers} (value {fitting.uv_resolution})"
         )
     for start, end in (("densify_from", "densify_until"), ("lpips_start", "lpips_end")):
         first, last = getattr(fitting, start), getattr(fitting, end)

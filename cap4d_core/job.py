@@ -288,6 +288,8 @@ def _prepare_environment(job: Job) -> None:
     """Thread counts and caches; before torch and numba are imported."""
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(job.threads)
+    # Threads that wait sleep: spinning makes jobs many times slower where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("MPLBACKEND", "Agg")
     # Less fragmentation where one process holds network and images of changing size.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -118,8 +118,8 @@ class SamplingSettings(StrictModel):
     )
     plan: str | None = Field(
         None,
-        description="Own views instead of drawn ones: a .tsv with columns yaw_deg, pitch_deg (about "
-        "the frontal view) and optionally expression_row, or an .npz with yaw_deg and pitch_deg or "
+        description="Own views instead of drawn ones: a .tsv with columns yaw_deg, pitch_deg "
+        "(about the frontal view) and optionally expression_row, or an .npz with yaw_deg and pitch_deg or "
         "extr, and optionally expr and eye_rot; num_views is then its number of rows.",
     )
     num_shards: int = Field(
@@ -328,7 +328,6 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "lpips_end": 500,
             "evaluate_every": 200,
         },
-        "animation": {"frame_batch": 4},
     },
     "debug": {
         "sampling": {"num_inference_steps": 10, "num_views": 28, "num_shards": 1},
