@@ -119,8 +119,8 @@ class SamplingSettings(StrictModel):
     plan: str | None = Field(
         None,
         description="Own views instead of drawn ones: a .tsv with columns yaw_deg, pitch_deg "
-        "(about the frontal view) and optionally expression_row, or an .npz with yaw_deg and pitch_deg or "
-        "extr, and optionally expr and eye_rot; num_views is then its number of rows.",
+        "(about the frontal view) and optionally expression_row, or an .npz with yaw_deg and "
+        "pitch_deg or extr, and optionally expr and eye_rot; num_views is then its number of rows.",
     )
     num_shards: int = Field(
         8, ge=1, description="Parts of the views, one GPU job each per round; changes results."
