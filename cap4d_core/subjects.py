@@ -277,6 +277,11 @@ def _driving_problems(row: Driving) -> list[str]:
         problems.append(f"fit: '{row.driving}' has neither fit nor video")
     elif row.fit is not None and not row.is_demo and not row.fit.endswith(".npz"):
         problems.append(f"fit: '{row.fit}' is no .npz file")
+    if row.fit is None and (row.start_frame or row.num_frames or row.trajectory):
+        problems.append(
+            "video: start_frame, num_frames and trajectory belong to ready fits; a part of a video "
+            "is chosen by tracking.start_s and tracking.end_s"
+        )
     if row.trajectory is not None and not row.trajectory.endswith(".npz"):
         problems.append(f"trajectory: '{row.trajectory}' is no .npz file")
     return problems

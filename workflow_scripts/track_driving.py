@@ -6,17 +6,24 @@ from cap4d_core.job import Job, run
 def main(job: Job) -> None:
     from cap4d_core.settings import TrackingSettings
     from cap4d_core.tracking.precomputed import import_driving
+    from cap4d_core.tracking.track import track_driving
 
-    trajectory = job.input_files("trajectory")
-    import_driving(
-        job.input_file("fit"),
-        trajectory[0] if trajectory else None,
-        job.output_file("fit").parent,
-        job.params["start_frame"],
-        job.params["num_frames"],
-        TrackingSettings(**job.params["settings"]),
-        job.input_file("head_model"),
-    )
+    settings = TrackingSettings(**job.params["settings"])
+    output, head_model = job.output_file("fit").parent, job.input_file("head_model")
+    if job.input_files("fit"):
+        trajectory = job.input_files("trajectory")
+        import_driving(
+            job.input_file("fit"),
+            trajectory[0] if trajectory else None,
+            output,
+            job.params["start_frame"],
+            job.params["num_frames"],
+            settings,
+            head_model,
+        )
+    else:
+        recording, progress = job.input_file("recording"), job.progress("frames")
+        track_driving(recording, output, head_model, settings, progress, device=job.device)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ from cap4d_core.job import Job, run
 def main(job: Job) -> None:
     from cap4d_core.settings import TrackingSettings
     from cap4d_core.tracking.precomputed import import_subject
+    from cap4d_core.tracking.track import track_subject
 
-    import_subject(
-        job.input_file("fit").parent,
-        job.output_file("fit").parent,
-        TrackingSettings(**job.params["settings"]),
-        job.input_file("head_model"),
-        callback=job.progress("references"),
-    )
+    settings = TrackingSettings(**job.params["settings"])
+    output, head_model = job.output_file("fit").parent, job.input_file("head_model")
+    progress = job.progress("frames")
+    if job.input_files("fit"):
+        import_subject(job.input_file("fit").parent, output, settings, head_model, progress)
+    else:
+        recording = job.input_file("recording")
+        track_subject(recording, output, head_model, settings, progress, device=job.device)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def test_mistakes_in_the_subjects_table(tmp_path: Path, lines: list[str], expect
         (["driving | fit | start_frame", "a | x.npz | 1.5"], "start_frame: must be a whole number"),
         (["driving | fit | start_frame", "a | x.npz | -1"], "start_frame: must be at least 0"),
         (["driving | fit | num_frames", "a | x.npz | 0"], "num_frames: must be at least 1"),
+        (["driving | video | num_frames", "a | b.mp4 | 9"], "belong to ready fits"),
         (["driving | fit", "a | folder"], "is no .npz file"),
         (["driving | fit | trajectory", "a | x.npz | y.json"], "trajectory: "),
         (["driving | fit | trajectory", "a | demo | y.npz"], "'demo' brings its own camera"),
