@@ -360,16 +360,16 @@ def _render(
     smooth /= np.linalg.norm(smooth, axis=1, keepdims=True) + 1e-20
     shade = 0.35 + 0.65 * np.clip(smooth @ (_LIGHT / np.linalg.norm(_LIGHT)), 0, 1)
     colours = albedo * shade[:, None]
-    covered: NDArray[np.bool_] = index >= 0
+    covered = np.asarray(index >= 0, np.bool_)
     image = np.full((side, side, 3), 0.55)
     # Looking through the open mouth, the network must not see a bright background.
-    inside: NDArray[np.bool_] = binary_fill_holes(covered)
-    image[inside & ~covered] = _MOUTH
+    holes = np.asarray(binary_fill_holes(covered), np.bool_) & ~covered
+    image[holes] = _MOUTH
     image[covered] = (colours[faces[index[covered]]] * weights[covered][..., None]).sum(1)
     sight = -turned + np.array([0.0, 0.0, _DISTANCE_M])
     sight /= np.linalg.norm(sight, axis=1, keepdims=True)
     cosine = (smooth * sight).sum(1)[faces].mean(1)
-    skin = (faces < NUM_SKIN_VERTICES).all(1)
+    skin = faces.max(axis=1) < NUM_SKIN_VERTICES
     only_skin = np.where(covered & skin[index], index, -1)
     facing = np.where(only_skin >= 0, cosine[only_skin], 0.0)
     rgb = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
