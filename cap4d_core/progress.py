@@ -39,18 +39,21 @@ class ProgressLogger:
         self.interval_s = interval_s
         self._start = self._last = time.monotonic()
         self._first_done: int | None = None
+        self._unit = ""
 
     def __call__(self, progress: Progress) -> None:
         """Logs the state when it is due."""
         now = time.monotonic()
-        if self._first_done is None:
-            # A resumed loop starts above zero; its rate counts only what this process did.
-            self._first_done = progress.done - 1
+        if progress.unit != self._unit:
+            # Another loop. A resumed one starts above zero: only what this process did counts.
+            if self._unit:
+                self._start = now
+            self._unit, self._first_done = progress.unit, progress.done - 1
         if now - self._last < self.interval_s and progress.done < progress.total:
             return
         self._last = now
         seconds = max(now - self._start, 1e-9)
-        rate = (progress.done - self._first_done) / seconds
+        rate = (progress.done - (self._first_done or 0)) / seconds
         left = (progress.total - progress.done) / rate if rate > 0 else float("inf")
         metrics = "".join(f", {key} {value:.4g}" for key, value in progress.metrics.items())
         logger.info(
