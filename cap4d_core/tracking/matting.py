@@ -132,15 +132,16 @@ def guided_filter(guide: Floats, values: Floats, radius: int, epsilon: float) ->
     covariance = mean(guide * values[..., None]) - guide_mean * values_mean[..., None]
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
     a, b, c, d, e, f = (
-        mean(guide[..., i] * guide[..., j])
-        - guide_mean[..., i] * guide_mean[..., j]
+        # Grey pictures make the matrix nearly singular: single precision would lose its cofactors.
+        mean(guide[..., i] * guide[..., j]).astype(np.float64)
+        - guide_mean[..., i].astype(np.float64) * guide_mean[..., j]
         + (epsilon if i == j else 0.0)
         for i, j in pairs
     )
     # Inverse of the symmetric matrix [[a, b, c], [b, d, e], [c, e, f]] by cofactors.
     ca, cb, cc = d * f - e * e, c * e - b * f, b * e - c * d
     cd, ce, cf = a * f - c * c, b * c - a * e, a * d - b * b
-    determinant = np.maximum(a * ca + b * cb + c * cc, 1e-12)
+    determinant = np.maximum(a * ca + b * cb + c * cc, 1e-30)
     x, y, z = covariance[..., 0], covariance[..., 1], covariance[..., 2]
     slope = np.asarray(
         np.stack([ca * x + cb * y + cc * z, cb * x + cd * y + ce * z, cc * x + ce * y + cf * z], -1)
