@@ -33,14 +33,15 @@ def summarise(config: Config) -> str:
 
 def _figures(path: Path) -> str:
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        summary = content["summary"]
-        return ", ".join(
-            f"{name} {value:.4g}"
-            for name, value in summary.items()
-            if isinstance(value, (int, float))
+        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))["summary"]
+        line = (
+            f"PSNR {summary['psnr']:.2f} dB, SSIM {summary['ssim']:.3f} on {summary['num_views']} "
+            f"views (nearest reference photo: {summary['baseline_psnr']:.2f} dB, "
+            f"{summary['baseline_ssim']:.3f})"
         )
+        lpips = summary.get("lpips")
+        return line if lpips is None else f"{line}, LPIPS {lpips:.3f}"
     except FileNotFoundError:
         return "not evaluated yet"
-    except (ValueError, KeyError, AttributeError) as error:
-        return f"{path} is not readable ({error})"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{path} is not readable ({error!r})"

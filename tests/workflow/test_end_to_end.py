@@ -154,7 +154,7 @@ def test_summary(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAP4D_TINY_MMDM", workspace.variables["CAP4D_TINY_MMDM"])
     text = summarise(load_config(load_config_file(CONFIG), CONFIG))
     assert "talk: results/ada/animation/talk/renders.mp4" in text
-    assert "held-out views: " in text and "psnr" in text
+    assert "held-out views: PSNR " in text and "on 2 views" in text
 
 
 def test_broken_input_is_one_sentence_in_the_failed_jobs_log(
