@@ -180,7 +180,7 @@ class LandmarkFitter:
             state = self._stages(state, share=False)
         else:
             state = self._stages(state, share=True)
-        state.residuals = self._residual_figures(state)
+        state.residuals = self.residual_figures(state)
         return state
 
     def refine(self, state: LandmarkFit, eye_offset: Array, iterations: int = 4) -> LandmarkFit:
@@ -188,7 +188,7 @@ class LandmarkFitter:
         self._offset = eye_offset
         for _ in range(iterations):
             self._step(state, _Free(False, True, False), self.smoothness)
-        state.residuals = self._residual_figures(state)
+        state.residuals = self.residual_figures(state)
         return state
 
     _offset: Array | float = 0.0
@@ -354,7 +354,8 @@ class LandmarkFitter:
         pairs: Array = visible * robust * self.pair_precision / _CORRELATED
         return pairs * self.trust[:, None]
 
-    def _residual_figures(self, state: LandmarkFit) -> Array:
+    def residual_figures(self, state: LandmarkFit) -> Array:
+        """(O,) figures of `LandmarkFit.residuals`."""
         _, _, camera, pixels = self.camera_points(state)
         distance = np.linalg.norm(pixels - self.pixels, axis=-1) / self.size[:, None]
         weight = self.base_weight * self.visibility(state, camera)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
-from cap4d_core.errors import InputFileError
+from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.basic import write_json
 from cap4d_core.files.images import write_image
 from cap4d_core.files.tracking import (
@@ -47,6 +48,11 @@ from cap4d_core.tracking.landmark_fit import (
 from cap4d_core.tracking.landmark_model import LandmarkModel
 from cap4d_core.tracking.matting import PortraitMatting
 from cap4d_core.tracking.observe import FaceObserver, Observed
+from cap4d_core.tracking.pixel3dmm_run import (
+    Installation,
+    find_installation,
+    fit_with_pixel3dmm,
+)
 from cap4d_core.tracking.quality import frame_figures, head_angles, motion_flags, project_head
 from cap4d_core.tracking.selection import MIN_DIFFERENCE, Candidate, select_references
 from cap4d_core.tracking.video_input import RecordedCamera, Recording, open_recording
@@ -56,6 +62,7 @@ logger = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 
 CORRESPONDENCE_FILE = "correspondence.npz"
+PIXEL3DMM_FOLDER = "pixel3dmm"
 # Reference videos longer than this are thinned out.
 REFERENCE_FRAME_LIMIT = 300
 # EXIF gives the focal length, but cropped pictures keep the tag.
@@ -99,6 +106,7 @@ def track_subject(
         InputFileError: nothing readable there, or no usable frame; names the reasons.
     """
     output_dir = Path(output_dir)
+    installation = _check_backend(source, settings)
     recording = open_recording(source, settings, REFERENCE_FRAME_LIMIT)
     setup = _Setup.load(head_model_dir, output_dir, correspondence, settings, device)
     for name in ("images", "bg"):
@@ -106,7 +114,11 @@ def track_subject(
     pictures = _PictureWriter(output_dir, device, recording)
     begin = time.monotonic()
     observed = _observe(recording, setup, callback, pictures.take)
-    result = _fit_usable(recording, setup, observed, keep_gaps=False)
+    if installation is None:
+        result = _fit_usable(recording, setup, observed, keep_gaps=False)
+    else:
+        work = output_dir / PIXEL3DMM_FOLDER
+        result = _fit_external(recording, setup, observed, installation, work, callback)
     pictures.settle(result)
     chosen = _choose_references(recording, result, settings)
     references = [(result.tracking.camera_order[o.camera], result.row[o.timestep]) for o in chosen]
@@ -141,6 +153,7 @@ def track_driving(
         InputFileError: nothing readable there, several cameras, or no usable frame.
     """
     output_dir = Path(output_dir)
+    installation = _check_backend(source, settings)
     recording = open_recording(source, settings)
     if len(recording.cameras) > 1:
         raise InputFileError(
@@ -152,12 +165,28 @@ def track_driving(
     setup = _Setup.load(head_model_dir, output_dir, correspondence, settings, device)
     begin = time.monotonic()
     observed = _observe(recording, setup, callback, None)
-    result = _fit_usable(recording, setup, observed, keep_gaps=True)
+    if installation is None:
+        result = _fit_usable(recording, setup, observed, keep_gaps=True)
+    else:
+        work = output_dir / PIXEL3DMM_FOLDER
+        result = _fit_external(recording, setup, observed, installation, work, callback, True)
     write_fit(output_dir / "fit.npz", result.tracking)
     static = _write_camera_paths(output_dir, result.tracking)
     write_trajectory(output_dir / "trajectory.npz", static)
     figures = _overlay(output_dir, recording, setup, result, [], None, callback)
     _write_quality(output_dir, recording, setup, result, figures, time.monotonic() - begin)
+
+
+def _check_backend(source: str | Path, settings: TrackingSettings) -> Installation | None:
+    """The external tracker if that is asked for, None for the built-in one."""
+    if settings.backend == "precomputed":
+        raise UserError(
+            f"{source}: tracking.backend is 'precomputed', so a ready fit is expected. Give one, "
+            "or use tracking.backend: landmarks."
+        )
+    if settings.backend == "pixel3dmm":
+        return find_installation(settings.pixel3dmm_path)
+    return None
 
 
 @dataclass(frozen=True)
@@ -257,6 +286,55 @@ def _fit_usable(
     return result
 
 
+def _fit_external(
+    recording: Recording,
+    setup: _Setup,
+    observed: list[Observed],
+    installation: Installation,
+    work_dir: Path,
+    callback: ProgressCallback | None,
+    keep_all: bool = False,
+) -> TrackedFrames:
+    """Head from the external tracker, gaze and judgement of the frames from the landmarks."""
+    begin = time.monotonic()
+    usable = [o for o in observed if o.problem is None]
+    if not usable:
+        raise _no_usable_frame(recording, observed)
+    tracking = fit_with_pixel3dmm(recording, installation, setup.head_model_dir, work_dir, callback)
+    steps = sorted(o.timestep for o in usable)
+    kept = tracking.frames(0, None) if keep_all else _rows(tracking, steps)
+    number = {t: (t if keep_all else i) for i, t in enumerate(steps)}
+    fit = LandmarkFit(
+        shape=np.asarray(tracking.shape, np.float64),
+        expr=np.asarray(tracking.expr[steps], np.float64),
+        rotation=Rotation.from_rotvec(tracking.rot[steps]).as_matrix(),
+        tra=np.asarray(tracking.tra[steps], np.float64),
+        focal=np.asarray(tracking.fx[:, 0], np.float64),
+        extr=np.asarray(tracking.extr, np.float64),
+        eye_rot=np.zeros((len(steps), 3)),
+    )
+    center = (float(tracking.cx[0, 0]), float(tracking.cy[0, 0]))
+    camera = Camera(recording.cameras[0].size, float(tracking.fx[0, 0]), 0.0, fit.extr[0], center)
+    observations = [
+        Observation(i, 0, o.landmarks.points)
+        for i, o in enumerate(usable)
+        if o.landmarks is not None
+    ]
+    fitter = LandmarkFitter(setup.model, [camera], observations, len(steps), recording.fps)
+    gaze = estimate_gaze(fitter, fit, recording.continuous, recording.fps)
+    rows = [number[t] for t in steps]
+    kept.eye_rot[rows] = gaze.eye_rot
+    figures = fitter.residual_figures(fit)
+    residual = {(o.camera, o.timestep): float(r) for o, r in zip(usable, figures, strict=True)}
+    return TrackedFrames(kept, number, observed, residual, time.monotonic() - begin)
+
+
+def _rows(tracking: Tracking, rows: Sequence[int]) -> Tracking:
+    """The fit restricted to some frames."""
+    names = ("expr", "rot", "tra", "eye_rot", "neck_rot")
+    return replace(tracking, **{name: getattr(tracking, name)[list(rows)] for name in names})
+
+
 def _no_usable_frame(recording: Recording, observed: Sequence[Observed]) -> InputFileError:
     reasons: dict[str, int] = {}
     for o in observed:
@@ -331,14 +409,7 @@ def _fit_once(
     }
     tracking = _to_tracking(recording, cameras, fit)
     if recording.continuous and not keep_gaps:
-        kept = [number[t] for t in sorted({o.timestep for o in usable})]
-        tracking = replace(
-            tracking,
-            **{
-                name: getattr(tracking, name)[kept]
-                for name in ("expr", "rot", "tra", "eye_rot", "neck_rot")
-            },
-        )
+        tracking = _rows(tracking, [number[t] for t in sorted({o.timestep for o in usable})])
         number = {t: i for i, t in enumerate(sorted({o.timestep for o in usable}))}
     return TrackedFrames(tracking, number, observed, residual, 0.0)
 
@@ -548,7 +619,7 @@ def _write_quality(
     fit = result.tracking
     content: dict[str, Any] = {
         "source": str(recording.source.resolve()),
-        "backend": "landmarks",
+        "backend": setup.settings.backend,
         "num_frames": len(result.observed),
         "num_used": len(used),
         "fps": recording.fps,
@@ -576,8 +647,6 @@ def _write_quality(
 
 def smoothness_figures(fit: Tracking) -> dict[str, float]:
     """Median size of the second difference over frames: head rotation (degrees), position (mm)."""
-    from scipy.spatial.transform import Rotation
-
     if fit.num_frames < 3:
         return {}
     rotation = Rotation.from_rotvec(np.asarray(fit.rot, np.float64))
