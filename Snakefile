@@ -12,6 +12,7 @@ if not workflow.overwrite_configfiles:
 
 
 include: "rules/common.smk"
+include: "rules/downloads.smk"
 include: "rules/assets.smk"
 include: "rules/demo.smk"
 include: "rules/track.smk"

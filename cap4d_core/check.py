@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cap4d_core.config import DEMO_WEIGHTS, VIDEO_SUFFIXES, Config
+from cap4d_core.config import DEMO_WEIGHTS, LPIPS_DOWNLOAD, VIDEO_SUFFIXES, Config
 from cap4d_core.errors import UserError
 from cap4d_core.subjects import Driving
 
@@ -49,14 +49,14 @@ def check_files(config: Config) -> list[str]:
             problems.append(f"{where}: {error}")
 
     attempt("head_model.path", partial(check_head_model_source, config))
-    if config.rounds:
+    if config.rounds and config.settings.mmdm.url is None:
         attempt("mmdm.path", partial(check_weights, config))
     sampling, fitting = config.settings.sampling, config.settings.fitting
     for key, path in (
         ("sampling.plan", sampling.plan),
         ("fitting.lpips_weights", fitting.lpips_weights),
     ):
-        if path is not None:
+        if path is not None and path != LPIPS_DOWNLOAD:
             attempt(key, partial(_require, path))
     for name, subject in config.subjects.items():
         if subject.tracking is not None:
@@ -217,4 +217,5 @@ def check_disk_space(config: Config) -> None:
 def _require(path: str) -> None:
     from cap4d_core.files.basic import require_file
 
-    require_file(path, "a readable file")
+    if not (Path(path).is_dir() and any(Path(path).iterdir())):  # LPIPS: also a folder
+        require_file(path, "a readable file")

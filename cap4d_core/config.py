@@ -48,6 +48,10 @@ PATH_SETTINGS = (
 )
 # Words with a meaning of their own where a path is expected.
 PATH_WORDS = frozenset({"auto", "demo"})
+LPIPS_DOWNLOAD = "download"
+URL_SETTINGS = (("mmdm", "url"), ("mmdm", "config_url"), ("fitting", "lpips_url"))
+# Light copy of the rule of `cap4d_core.download`, which each job would have to import otherwise.
+_DOWNLOADABLE = re.compile(r"https://[^/\s]+/\S+|http://(localhost|127\.[\d.]+|\[::1\])(:\d+)?/\S+")
 DEFAULT_HEAD_MODEL = "assets/flame"
 DEFAULT_WEIGHTS = "assets/mmdm"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
@@ -293,6 +297,8 @@ def _resolve_settings(file: ConfigFile, base: Path) -> tuple[SubjectSettings, li
         text = values[section][key]
         if text is None or text in PATH_WORDS:
             continue
+        if key == "lpips_weights" and text == LPIPS_DOWNLOAD:
+            continue
         try:
             values[section][key] = resolve_path(text, base)
         except KeyError as error:
@@ -376,7 +382,9 @@ def _choose_assets(
     head_model, weights = settings.head_model.path, settings.mmdm.path
     if head_model == "auto":
         head_model = "demo" if is_demo else os.path.normpath(base / DEFAULT_HEAD_MODEL)
-    if weights == "auto":
+    if weights == "auto" and settings.mmdm.url is not None:
+        weights = None
+    elif weights == "auto":
         weights = "demo" if is_demo else os.path.normpath(base / DEFAULT_WEIGHTS)
     if weights == "demo":
         weights = str(DEMO_WEIGHTS)
@@ -398,11 +406,28 @@ def _settings_problems(settings: SubjectSettings) -> list[str]:
             f"({sampling.views_per_call}), which counts references and generated views together "
             f"(value {sampling.max_references})"
         )
-    if sampling.num_views > 0 and settings.mmdm.path is None:
+    mmdm = settings.mmdm
+    if sampling.num_views > 0 and mmdm.path is None and mmdm.url is None:
         problems.append(
             "mmdm.path: must name the weights when views are sampled (sampling.num_views is "
-            f"{sampling.num_views}); set sampling.num_views to 0 to fit on the references alone"
+            f"{sampling.num_views}), or mmdm.url where to download them; set sampling.num_views to "
+            "0 to fit on the references alone"
         )
+    if mmdm.path is not None and mmdm.url is not None:
+        problems.append(
+            "mmdm.url: give either an address or mmdm.path, not both; leave mmdm.path at 'auto' "
+            f"(value {mmdm.path!r})"
+        )
+    if mmdm.config_url is not None and mmdm.url is None:
+        problems.append("mmdm.config_url: belongs to mmdm.url, which is not set")
+    if mmdm.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", mmdm.sha256.strip()):
+        problems.append(f"mmdm.sha256: must have 64 hexadecimal digits (value {mmdm.sha256!r})")
+    for section, key in URL_SETTINGS:
+        url = getattr(getattr(settings, section), key)
+        if url is not None and not _DOWNLOADABLE.fullmatch(url):
+            problems.append(
+                f"{section}.{key}: must be an https:// address of a file (value {url!r})"
+            )
     smallest = max(8, 2**fitting.deform_net_layers)
     if fitting.uv_resolution < smallest or fitting.uv_resolution.bit_count() != 1:
         problems.append(

@@ -84,7 +84,17 @@ class MMDMSettings(StrictModel):
         description="Released .ckpt, a folder with one, or one written by prepare_mmdm; 'demo' = "
         "the small weights of the demo world; 'auto' = 'demo' for demo subjects, else assets/mmdm.",
     )
-    sha256: str | None = Field(None, description="Expected SHA-256 of the .ckpt; checked when set.")
+    url: str | None = Field(
+        None,
+        description="Where to download the .ckpt from (https) when it is not here yet; leave path "
+        "at 'auto' then.",
+    )
+    config_url: str | None = Field(
+        None, description="Where to download its config_dump.yaml from, when it has one."
+    )
+    sha256: str | None = Field(
+        None, description="Expected SHA-256 of the .ckpt; checked when set. Pin it for downloads."
+    )
 
 
 class SamplingSettings(StrictModel):
@@ -215,7 +225,14 @@ class FittingSettings(StrictModel):
     lpips_start: int = Field(10_000, ge=0)
     lpips_end: int = Field(60_000, ge=0)
     lpips_weights: str | None = Field(
-        None, description="LPIPS (VGG16 + linear heads) weights file; null = fit without LPIPS."
+        None,
+        description="LPIPS (VGG16 + linear heads) weights file; 'download' fetches torchvision's "
+        "VGG16 and adds the heads; null = fit without LPIPS.",
+    )
+    lpips_url: str = Field(
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        description="Where 'download' gets VGG16 from; digits of the SHA-256 at the end of the "
+        "file name are checked.",
     )
     require_lpips: bool = Field(False, description="Absent LPIPS weights are an error.")
     lambda_scale: float = Field(1.0, ge=0)

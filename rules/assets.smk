@@ -27,7 +27,9 @@ rule prepare_head_model:
 
 rule prepare_mmdm:
     input:
+        # Either weights that are here or downloaded ones.
         source=CONFIG.settings.mmdm.path or [],
+        download=mmdm_download,
         head_model=rules.prepare_head_model.output.folder,
     output:
         folder=directory("<results>/assets/mmdm"),

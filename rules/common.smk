@@ -7,7 +7,7 @@ from pathlib import Path
 # An installed copy must not win over this checkout.
 sys.path.insert(0, str(Path(workflow.basedir)))
 
-from cap4d_core.config import load_config
+from cap4d_core.config import LPIPS_DOWNLOAD, load_config
 from cap4d_core.slurm import cancel_stale_jobs
 from cap4d_core.versions import STAGE_VERSIONS
 
@@ -201,7 +201,13 @@ def own_plan(wildcards):
     return CONFIG.settings.sampling.plan or []
 
 
+def mmdm_download(wildcards):
+    return rules.download_mmdm.output.record if CONFIG.settings.mmdm.url else []
+
+
 def lpips_weights(wildcards):
+    if CONFIG.settings.fitting.lpips_weights == LPIPS_DOWNLOAD:
+        return rules.download_lpips.output.weights
     return CONFIG.settings.fitting.lpips_weights or []
 
 

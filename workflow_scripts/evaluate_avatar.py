@@ -16,6 +16,7 @@ def main(job: Job) -> None:
         job.input_file("references").parent,
         job.output_file("metrics").parent,
         callback=job.progress("views"),
+        lpips_weights=next(iter(job.input_files("lpips")), None),
     )
 
 

@@ -10,6 +10,9 @@ def main(job: Job) -> None:
     from cap4d_core.settings import FittingSettings
 
     settings = FittingSettings(**job.params["settings"])
+    if job.input_files("lpips"):  # also where the setting says 'download'
+        weights = str(job.input_file("lpips"))
+        settings = settings.model_copy(update={"lpips_weights": weights})
     pictures = "crops" if settings.reference_images == "original" else "images"
     references = read_image_index(job.input_file("references"), images=pictures)
     generated = [

@@ -5,10 +5,15 @@ from cap4d_core.job import Job, run
 
 def main(job: Job) -> None:
     from cap4d_core.diffusion.checkpoint import prepare_mmdm
+    from cap4d_core.diffusion.mmdm_download import downloaded_checkpoint
     from cap4d_core.diffusion.renderer_tables import head_model_tables
 
+    if job.input_files("download"):
+        source = downloaded_checkpoint(job.input_file("download"))
+    else:
+        source = job.input_file("source")
     prepare_mmdm(
-        job.input_file("source"),
+        source,
         job.output_file("folder"),
         head_tables=head_model_tables(job.input_file("head_model")),
         sha256=job.params["sha256"],

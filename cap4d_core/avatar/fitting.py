@@ -117,8 +117,9 @@ def load_lpips(settings: FittingSettings, device: torch.device | str) -> Lpips |
     if settings.lpips_weights is not None:
         return Lpips.load(settings.lpips_weights, parity=settings.parity, device=str(device))
     hint = (
-        "Set fitting.lpips_weights to a VGG16 + LPIPS file, or to a folder with torchvision's "
-        "VGG16 and the heads of richzhang/PerceptualSimilarity (lpips/weights/v0.1/vgg.pth)."
+        "Set fitting.lpips_weights to 'download', to a VGG16 + LPIPS file, or to a folder with "
+        "torchvision's VGG16 and the heads of richzhang/PerceptualSimilarity "
+        "(lpips/weights/v0.1/vgg.pth)."
     )
     if settings.require_lpips:
         raise MissingAssetError(f"fitting.require_lpips is set, but no LPIPS weights. {hint}")

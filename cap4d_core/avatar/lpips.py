@@ -117,9 +117,20 @@ class Lpips(nn.Module):
                 raise InputFileError(source, "a folder without weights", WHAT)
         raw: dict[str, Tensor] = {}
         for file in files:
-            raw.update(_read_tensors(file))
+            raw.update(read_weight_file(file))
         if "lin0.model.1.weight" not in raw and source.is_file():
             raise_if_no_heads(raw, source)
+        return cls.from_tensors(raw, source, parity=parity).to(device)
+
+    @classmethod
+    def from_tensors(
+        cls, raw: dict[str, Tensor], source: str | Path, *, parity: bool = False
+    ) -> Lpips:
+        """Builds the network from tensors of any known layout; `source` is for messages.
+
+        Raises:
+            InputFileError: a tensor is missing or has the wrong shape.
+        """
         weights = convert_lpips_weights(raw, source)
         blur = any(name.startswith("blurs.") for name in weights)
         model = cls(parity=parity, blur_pooling=blur)
@@ -131,7 +142,7 @@ class Lpips(nn.Module):
                 found = f"'{name}' of shape {tuple(weights[name].shape)}"
                 raise InputFileError(source, found, f"shape {tuple(tensor.shape)}")
         model.load_state_dict({name: weights[name].float() for name in expected})
-        return model.to(device)
+        return model
 
     def save(self, path: str | Path) -> None:
         """Writes the weights as safetensors."""
@@ -150,7 +161,12 @@ def raise_if_no_heads(tensors: dict[str, Tensor], path: Path) -> None:
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file (safetensors, or torch without pickled code).
+
+    Raises:
+        InputFileError: missing or unreadable.
+    """
     require_file(path, WHAT)
     if path.suffix == ".safetensors":
         return read_safetensors(path, WHAT)[0]

@@ -152,6 +152,14 @@ def test_single_run_from_the_command_line(
     assert demo.uses_demo_head and demo.subjects["demo_3"].demo_seed == 3
 
 
+def test_downloads_are_asked_for_by_address_and_word(load: Load) -> None:
+    url = "https://example.org/model.ckpt"
+    settings = load(mmdm={"url": url}, fitting={"lpips_weights": "download"}).settings
+    assert settings.mmdm.path is None and settings.mmdm.url == url
+    assert settings.fitting.lpips_weights == "download"  # no path of the config file's folder
+    load(mmdm={"url": "http://127.0.0.1:8000/model.ckpt"})  # this machine itself
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -171,6 +179,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"quality": "meduim"}, "quality: must be one of"),
     ({"sampling": {"num_view": 3}}, "unknown key (value 3); did you mean 'num_views'?"),
     ({"sampling": {"num_shards": 0}}, "sampling.num_shards: must be at least 1 (value 0)"),
+    ({"mmdm": {"url": "http://example.org/m.ckpt"}}, "mmdm.url: must be an https:// address"),
+    ({"mmdm": {"url": "https://x.org/m", "path": "w"}}, "mmdm.url: give either an address or"),
+    ({"mmdm": {"config_url": "https://x.org/c"}}, "mmdm.config_url: belongs to mmdm.url"),
+    ({"mmdm": {"sha256": "abc"}}, "mmdm.sha256: must have 64 hexadecimal digits (value 'abc')"),
+    ({"fitting": {"lpips_url": "vgg.pth"}}, "fitting.lpips_url: must be an https:// address"),
     ({"sampling": {"num_views": "many"}}, "num_views: must be a whole number (value 'many')"),
     ({"sampling": {"num_views": True}}, "sampling.num_views: must be a whole number (value True)"),
     ({"sampling": {"num_views": 1.5}}, "sampling.num_views: must be a whole number (value 1.5)"),

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import http.server
 import json
-import random
 import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,84 +17,13 @@ import pytest
 from cap4d_core import download as module
 from cap4d_core.download import download
 from cap4d_core.errors import UserError
-
-CONTENT = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT; tests change these fields."""
-
-    content = CONTENT
-    etag: str | None = '"v1"'
-    accepts_ranges = True
-    cut_after: list[int]  # bytes sent before the connection is cut, one per request
-    statuses: list[int]  # error answers, one per request
-    headers: dict[str, str]
-    seen: list[dict[str, str]]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/file.bin"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.seen.append({k.lower(): v for k, v in self.headers.items()})
-        if server.statuses:
-            status = server.statuses.pop(0)
-            self.send_response(status)
-            for name, value in server.headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content, start = server.content, 0
-        wanted = self.headers.get("Range")
-        matches = self.headers.get("If-Range") in (None, server.etag)
-        if wanted and matches and server.accepts_ranges:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        if server.etag:
-            self.send_header("ETag", server.etag)
-        for name, value in server.headers.items():
-            self.send_header(name, value)
-        body = content[start:]
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.cut_after:
-            self.wfile.write(body[: server.cut_after.pop(0)])
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.wfile.write(body)
+from tests.download_server import CONTENT, SHA256, Server, running_server
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    instance = Server(("127.0.0.1", 0), Handler)
-    instance.cut_after, instance.statuses, instance.headers, instance.seen = [], [], {}, []
-    thread = threading.Thread(target=instance.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield instance
-    instance.shutdown()
-    instance.server_close()
-    thread.join()
+    with running_server() as instance:
+        yield instance
 
 
 def fetch(server: Server, target: Path, sha256: str | None = SHA256, **options: Any) -> list[float]:

@@ -72,6 +72,17 @@ def test_fitting_without_a_diffusion_model(tmp_path: Path) -> None:
     assert not {"prepare_mmdm", "plan_views", "sample_views", "decode_views"} & set(counts)
 
 
+def test_downloads_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    url = "https://example.org/cap4d_mmdm_100k.ckpt"
+    config = write_project(
+        tmp_path, mmdm={"url": url, "sha256": "0" * 64}, fitting={"lpips_weights": "download"}
+    )
+    counts = dry_run(tmp_path, config)
+    assert counts["download_mmdm"] == counts["prepare_mmdm"] == counts["download_lpips"] == 1
+    config = write_project(tmp_path / "without", mmdm={"url": url}, sampling={"num_views": 0})
+    assert not {"download_mmdm", "download_lpips"} & set(dry_run(tmp_path, config))
+
+
 def test_one_shard_has_one_round_and_targets_stop_after_their_stage(tmp_path: Path) -> None:
     config = write_project(tmp_path, sampling={"num_shards": 1})
     counts = dry_run(tmp_path, config, "--until", "sample_all")
