@@ -325,12 +325,12 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         # Short runs need rates well above the published ones, which suit 100 000 iterations; larger
         # splats are cheap here and stand in for the shoulders, which the head model lacks.
         "fitting": {
-            "iterations": 600,
+            "iterations": 1_200,
             "uv_resolution": 64,
             "deform_net_channels": 16,
             "deform_net_layers": 5,
             "num_gaussians_init": 8_000,
-            "sh_warmup": 100,
+            "sh_warmup": 200,
             "static_neck": True,
             "densify_from": 0,
             "densify_until": 0,
@@ -341,9 +341,9 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "lr_rotation": 3e-3,
             "lr_deform_net": 2e-3,
             "lambda_scale": 0.02,
-            "lpips_start": 200,
-            "lpips_end": 500,
-            "evaluate_every": 200,
+            "lpips_start": 400,
+            "lpips_end": 1_000,
+            "evaluate_every": 400,
         },
     },
     "debug": {
