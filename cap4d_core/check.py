@@ -59,6 +59,10 @@ def check_files(config: Config) -> list[str]:
         if path is not None and path != LPIPS_DOWNLOAD:
             attempt(key, partial(_require, path))
     for name, subject in config.subjects.items():
+        if subject.avatar is not None:
+            attempt(f"subject {name}, avatar", partial(check_avatar, Path(subject.avatar)))
+            if not subject.is_evaluated:
+                continue
         if subject.tracking is not None:
             attempt(f"subject {name}", partial(check_subject, Path(subject.tracking)))
         elif subject.demo_seed is None and subject.reference is not None:
@@ -132,6 +136,17 @@ def check_subject(folder: Path) -> None:
             )
         if reference.matte is not None:
             read_grey(reference.matte)
+
+
+def check_avatar(source: Path) -> None:
+    """Finds a ready avatar.
+
+    Raises:
+        UserError: none there.
+    """
+    from cap4d_core.avatar.import_avatar import find_avatar
+
+    find_avatar(source)
 
 
 def check_recording(path: Path) -> None:

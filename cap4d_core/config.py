@@ -81,7 +81,8 @@ class ConfigFile(SubjectSettings):
     subject: str | None = Field(
         None,
         description="A single run instead of the table of subjects: photos, a video, the folder of "
-        "a ready fit, or `demo:SEED`. Meant for the command line: starts at the working directory.",
+        "a ready fit or avatar, or `demo:SEED`. Meant for the command line: starts at the working "
+        "directory.",
     )
 
 
@@ -175,14 +176,18 @@ def load_config(raw: Mapping[str, Any], config_file: str | Path = "config.yaml")
     driving, driving_problems = _load_driving(file, base)
     problems += subject_problems + driving_problems
     settings = _choose_assets(settings, subjects, base)
-    problems += _settings_problems(settings)
+    # Imported avatars need no views.
+    samples = settings.sampling.num_views > 0 and not (
+        subjects and all(row.avatar is not None for row in subjects.values())
+    )
+    problems += _settings_problems(settings, samples)
     animations, animation_problems = _pairs(file, base, subjects, driving)
     if not (subject_problems or driving_problems):  # else only consequences of these
         problems += _demo_problems(settings, subjects, driving)
         problems += _tracking_problems(settings, subjects, driving)
         problems += animation_problems
     rounds: tuple[tuple[int, int], ...] = ()
-    if settings.sampling.num_views > 0:
+    if samples:
         try:
             rounds = sampling_rounds(settings)
         except UserError as error:
@@ -327,7 +332,12 @@ def _one_subject(text: str) -> tuple[dict[str, Subject], list[str]]:
         except KeyError as error:
             return {}, [f"subject: environment variable {error.args[0]} is not set"]
         # The one place that looks at the disk: a folder with fit.npz is a ready fit.
-        column = "tracking" if (Path(path) / "fit.npz").is_file() else "reference"
+        if (Path(path) / "fit.npz").is_file():
+            column = "tracking"
+        elif (Path(path) / "avatar.json").is_file() or any(Path(path).glob("chkpnt*.pth")):
+            column = "avatar"
+        else:
+            column = "reference"
         row = {"subject": name_from_path(path), column: path}
     subject, problems = parse_row(row, Subject, "subject")
     if subject is None:
@@ -396,8 +406,13 @@ def _choose_assets(
     )
 
 
-def _settings_problems(settings: SubjectSettings) -> list[str]:
-    """Settings that are valid one by one but can never work together."""
+def _settings_problems(settings: SubjectSettings, samples: bool) -> list[str]:
+    """Settings that are valid one by one but can never work together.
+
+    Args:
+        settings: of all stages.
+        samples: whether views are generated of any subject.
+    """
     sampling, fitting = settings.sampling, settings.fitting
     problems = []
     if sampling.max_references >= sampling.views_per_call:
@@ -407,7 +422,7 @@ def _settings_problems(settings: SubjectSettings) -> list[str]:
             f"(value {sampling.max_references})"
         )
     mmdm = settings.mmdm
-    if sampling.num_views > 0 and mmdm.path is None and mmdm.url is None:
+    if samples and mmdm.path is None and mmdm.url is None:
         problems.append(
             "mmdm.path: must name the weights when views are sampled (sampling.num_views is "
             f"{sampling.num_views}), or mmdm.url where to download them; set sampling.num_views to "
@@ -473,7 +488,9 @@ def _tracking_problems(
     untracked = [
         f"subject {name}"
         for name, subject in subjects.items()
-        if subject.tracking is None and subject.demo_seed is None
+        if subject.tracking is None
+        and subject.demo_seed is None
+        and (subject.avatar is None or subject.is_evaluated)
     ]
     untracked += [f"driving sequence {name}" for name, row in driving.items() if row.fit is None]
     if not untracked:

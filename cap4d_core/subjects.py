@@ -43,6 +43,12 @@ class Subject(StrictModel):
         description="Folder of a ready fit: fit.npz, reference_images.json, images/, bg/; it is "
         "imported then, and nothing tracked.",
     )
+    avatar: str | None = Field(
+        None,
+        description="A ready avatar, imported instead of fitted: a folder with a released "
+        "chkpnt*.pth, or with avatar.safetensors and avatar.json. `reference` and `tracking` are "
+        "only needed for an evaluation then.",
+    )
     held_out: str | None = Field(
         None,
         description="Image set (images/, flame/, mattes/) that the avatar is evaluated on; demo "
@@ -131,7 +137,7 @@ def resolve_cells(
     return resolved
 
 
-SUBJECT_PATHS = ("reference", "tracking", "held_out")
+SUBJECT_PATHS = ("reference", "tracking", "avatar", "held_out")
 DRIVING_PATHS = ("video", "fit", "trajectory")
 _INTEGER_COLUMNS = frozenset({"start_frame", "num_frames"})
 
@@ -262,10 +268,16 @@ def _subject_problems(row: Subject) -> list[str]:
         if row.tracking is not None:
             problems.append("tracking: must be empty for demo subjects, which bring their own fit")
     elif row.tracking is None and row.reference is None:
-        problems.append(
-            f"reference: '{row.subject}' has neither reference (photos or video) nor tracking (a "
-            "ready fit)"
-        )
+        if row.avatar is None:
+            problems.append(
+                f"reference: '{row.subject}' has neither reference (photos or video) nor tracking "
+                "(a ready fit) nor avatar (a ready avatar)"
+            )
+        elif row.held_out is not None:
+            problems.append(
+                f"held_out: the evaluation of the imported avatar of '{row.subject}' compares with "
+                "photos, too; give reference or tracking, or leave held_out empty"
+            )
     return problems
 
 

@@ -19,6 +19,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "sample_views": 1,
     "decode_views": 1,
     "fit_avatar": 1,
+    "import_avatar": 1,
     "animate_avatar": 1,
     "evaluate_avatar": 1,
     "write_report": 1,

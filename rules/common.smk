@@ -16,6 +16,10 @@ CONFIG = load_config(config, CONFIG_FILE)
 SUBJECTS = CONFIG.subjects
 DRIVING = CONFIG.driving
 EVALUATED = [name for name, row in SUBJECTS.items() if row.is_evaluated]
+IMPORTED = [name for name, row in SUBJECTS.items() if row.avatar]
+FITTED = [name for name in SUBJECTS if name not in IMPORTED]
+# An imported avatar needs its subject's photos only where it is compared with them.
+TRACKED = [name for name in SUBJECTS if name in FITTED or name in EVALUATED]
 SAMPLES_VIEWS = bool(CONFIG.rounds)
 RESULTS = CONFIG.results
 
@@ -26,9 +30,14 @@ pathvars:
     benchmarks=f"{RESULTS}/benchmarks",
 
 
+def one_of(names):
+    """Regular expression of a wildcard: these names, or what no name can be."""
+    return "|".join(map(re.escape, names)) or "NONE"
+
+
 wildcard_constraints:
-    subject="|".join(map(re.escape, SUBJECTS)),
-    driving="|".join(map(re.escape, DRIVING)) or "none",
+    subject=one_of(SUBJECTS),
+    driving=one_of(DRIVING),
     round=r"[1-9]\d*",
     scatteritem=r"\d+-of-\d+",
 
@@ -43,32 +52,35 @@ def settings(section):
 
 def tracked_files():
     return [
-        *collect(rules.track_subject.output, subject=SUBJECTS),
+        *collect(rules.track_subject.output, subject=TRACKED),
         *collect(rules.track_driving.output, driving=DRIVING),
     ]
 
 
 def sampled_files():
     if not SAMPLES_VIEWS:
-        return collect(rules.crop_references.output, subject=SUBJECTS)
+        return collect(rules.crop_references.output, subject=TRACKED)
     rounds = range(1, len(CONFIG.rounds) + 1)
+    compared = [name for name in TRACKED if name in IMPORTED]
     return [
-        *collect(rules.plan_views.output, subject=SUBJECTS),
-        *collect(rules.encode_references.output, subject=SUBJECTS),
+        *collect(rules.crop_references.output, subject=compared),
+        *collect(rules.plan_views.output, subject=FITTED),
+        *collect(rules.encode_references.output, subject=FITTED),
         *collect(
             rules.sample_views.output,
-            subject=SUBJECTS,
+            subject=FITTED,
             round=rounds,
             scatteritem=CONFIG.shards,
         ),
-        *collect(
-            rules.decode_views.output, subject=SUBJECTS, scatteritem=CONFIG.shards
-        ),
+        *collect(rules.decode_views.output, subject=FITTED, scatteritem=CONFIG.shards),
     ]
 
 
 def avatar_files():
-    return collect(rules.fit_avatar.output, subject=SUBJECTS)
+    return [
+        *collect(rules.fit_avatar.output, subject=FITTED),
+        *collect(rules.import_avatar.output, subject=IMPORTED),
+    ]
 
 
 def animation_files():
@@ -191,8 +203,12 @@ def generated_images(wildcards):
     )
 
 
+def ready_avatar(wildcards):
+    return SUBJECTS[wildcards.subject].avatar
+
+
 def reference_images(wildcards):
-    if SAMPLES_VIEWS:
+    if SAMPLES_VIEWS and wildcards.subject in FITTED:
         return collect(rules.encode_references.output.index, subject=wildcards.subject)
     return collect(rules.crop_references.output.index, subject=wildcards.subject)
 

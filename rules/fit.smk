@@ -1,4 +1,4 @@
-"""Fitting: a Gaussian avatar from reference and generated images."""
+"""Avatars: fitted to reference and generated images, or taken over from elsewhere."""
 
 
 rule fit_avatar:
@@ -15,6 +15,8 @@ rule fit_avatar:
         text="<logs>/fit_avatar/{subject}.log",
     benchmark:
         "<benchmarks>/fit_avatar/{subject}.tsv"
+    wildcard_constraints:
+        subject=one_of(FITTED),
     conda:
         "../envs/torch.yaml"
     threads: 4
@@ -29,3 +31,32 @@ rule fit_avatar:
         "{wildcards.subject}: fitting the avatar"
     script:
         "../workflow_scripts/fit_avatar.py"
+
+
+# The same files as of fit_avatar, of other subjects.
+rule import_avatar:
+    input:
+        source=ready_avatar,
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        avatar="<results>/{subject}/avatar/avatar.safetensors",
+        description="<results>/{subject}/avatar/avatar.json",
+    log:
+        text="<logs>/import_avatar/{subject}.log",
+    benchmark:
+        "<benchmarks>/import_avatar/{subject}.tsv"
+    wildcard_constraints:
+        subject=one_of(IMPORTED),
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["import_avatar"],
+        lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
+    message:
+        "{wildcards.subject}: importing the avatar"
+    script:
+        "../workflow_scripts/import_avatar.py"

@@ -152,6 +152,21 @@ def test_single_run_from_the_command_line(
     assert demo.uses_demo_head and demo.subjects["demo_3"].demo_seed == 3
 
 
+def test_ready_avatars_need_neither_weights_nor_tracker(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "only.tsv").write_text("subject\tavatar\nana\tfits/ana\n")
+    changes: dict[str, Any] = {"mmdm": {"path": None}, **PRECOMPUTED}
+    config = load(subjects="only.tsv", **changes)
+    assert config.rounds == () and config.settings.head_model.path.endswith("assets/flame")
+    (tmp_path / "only.tsv").write_text("subject\tavatar\treference\nana\ta\nben\t\tphotos\n")
+    problems = problems_of(load, subjects="only.tsv", **changes)
+    assert len(problems) == 2 and "mmdm.path: must name the weights" in problems[0]
+    assert "subject ben have no ready fit" in problems[1]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "chkpnt30000.pth").touch()
+    single = load(subject=str(tmp_path / "old"))
+    assert single.subjects["old"].avatar == str(tmp_path / "old")
+
+
 def test_downloads_are_asked_for_by_address_and_word(load: Load) -> None:
     url = "https://example.org/model.ckpt"
     settings = load(mmdm={"url": url}, fitting={"lpips_weights": "download"}).settings

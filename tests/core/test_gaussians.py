@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from cap4d_core.avatar.uv_grid import UVGrid
 from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.geometry.rotations import so3_exp
+from cap4d_core.job import Job
 from cap4d_core.settings import FittingSettings
 from tests.core.synthetic_head import head_folder
+from workflow_scripts import import_avatar as import_script
 
 SETTINGS = FittingSettings(
     uv_resolution=32, deform_net_channels=4, deform_net_layers=3, num_gaussians_init=2000
@@ -230,8 +233,7 @@ def _released(avatar: GaussianAvatar, as_numpy: bool) -> tuple[dict[str, object]
     }, 1000  # fmt: skip
 
 
-@pytest.mark.parametrize("as_numpy", [False, True])
-def test_released_checkpoint(head: HeadModel, tmp_path: Path, as_numpy: bool) -> None:
+def _as_if_released(head: HeadModel) -> GaussianAvatar:
     settings = SETTINGS.model_copy(update={"uv_resolution": 64, "deform_net_layers": 6})
     source = GaussianAvatar.create(head, SHAPE, settings)
     # Released meshes stitch islands.
@@ -240,6 +242,45 @@ def test_released_checkpoint(head: HeadModel, tmp_path: Path, as_numpy: bool) ->
     source.splats.binding_counter = torch.zeros(len(grid.faces), dtype=torch.int32)
     _perturb(source)
     source.rest_neck.zero_()
+    return source
+
+
+def test_import_job(head: HeadModel, tmp_path: Path) -> None:
+    """A released checkpoint, and what was made of it, through the workflow's script."""
+    source = _as_if_released(head)
+    (tmp_path / "released").mkdir()
+    torch.save(_released(source, False), tmp_path / "released" / "chkpnt1000.pth")
+
+    def job(where: str, to: str, lower_jaw: bool = True) -> Job:
+        outputs = {
+            "avatar": [str(tmp_path / to / "avatar.safetensors")],
+            "description": [str(tmp_path / to / "avatar.json")],
+        }
+        inputs = {"source": [str(tmp_path / where)], "head_model": [str(head_folder())]}
+        return Job("import_avatar", inputs, outputs, {"lower_jaw": lower_jaw})
+
+    import_script.main(job("released", "first"))
+    import_script.main(job("first", "second"))
+    for folder, origin in (("first", "chkpnt1000.pth"), ("second", "avatar.safetensors")):
+        loaded = GaussianAvatar.load(tmp_path / folder, head)
+        assert _same(source.pose(*_frames()), loaded.pose(*_frames()))
+        note = json.loads((tmp_path / folder / "avatar.json").read_text())
+        assert note["imported_from"]["source"].endswith(origin) and note["iteration"] == 1000
+    with pytest.raises(InputFileError, match="lower jaw"):
+        import_script.main(job("first", "third", lower_jaw=False))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputFileError, match="a folder without an avatar"):
+        import_script.main(job("empty", "third"))
+    with pytest.raises(InputFileError, match="nothing there"):
+        import_script.main(job("nowhere", "third"))
+    (tmp_path / "first" / "avatar.safetensors").unlink()
+    with pytest.raises(InputFileError, match=r"avatar\.json without avatar\.safetensors"):
+        import_script.main(job("first", "third"))
+
+
+@pytest.mark.parametrize("as_numpy", [False, True])
+def test_released_checkpoint(head: HeadModel, tmp_path: Path, as_numpy: bool) -> None:
+    source = _as_if_released(head)
     torch.save(_released(source, as_numpy), tmp_path / "chkpnt1000.pth")
     torch.save(("older",), tmp_path / "chkpnt999.pth")
     assert find_released_checkpoint(tmp_path).name == "chkpnt1000.pth"

@@ -55,6 +55,12 @@ def test_demo_subjects_are_evaluated_and_real_ones_when_asked(tmp_path: Path) ->
     assert [row.is_evaluated for row in rows.values()] == [True, False, True]
 
 
+def test_a_ready_avatar_needs_no_photos(tmp_path: Path) -> None:
+    rows, problems = subjects(write(tmp_path, "subject | avatar", "a | old/a"))
+    assert problems == []
+    assert rows["a"].avatar == str(tmp_path / "old" / "a") and not rows["a"].is_evaluated
+
+
 def test_driving_numbers(tmp_path: Path) -> None:
     path = write(tmp_path, "driving | fit | start_frame | num_frames", "talk | a.npz | 10 | 48")
     rows, problems = read_table(path, Driving, DRIVING_PATHS)
@@ -78,6 +84,7 @@ def test_driving_numbers(tmp_path: Path) -> None:
         (["subject | tracking", "a | x | y"], "table.tsv:2: 3 cells, the header has 2"),
         (["subject | tracking", " | x"], "table.tsv:2: subject: must be given"),
         (["subject", "a"], "'a' has neither reference"),
+        (["subject | avatar | held_out", "a | old | truth"], "held_out: the evaluation of the"),
         (["subject | reference", "a | demo:x"], "'demo:x' is not demo:SEED"),
         (["subject | reference | tracking", "a | demo:1 | x"], "must be empty for demo subjects"),
         (["subject | tracking", "a | ${SURELY_UNSET}/x"], "variable SURELY_UNSET is not set"),

@@ -83,6 +83,30 @@ def test_downloads_only_where_they_are_asked_for(tmp_path: Path) -> None:
     assert not {"download_mmdm", "download_lpips"} & set(dry_run(tmp_path, config))
 
 
+def test_ready_avatars_are_imported_and_animated(tmp_path: Path) -> None:
+    config = write_project(tmp_path, sampling={"num_shards": 1})
+    for name in ("x", "y", "truth"):
+        (tmp_path / "data" / name).mkdir()
+    (tmp_path / "subjects.tsv").write_text(
+        "subject\ttracking\tavatar\theld_out\n"
+        "s000\tdata/s000\n"
+        "x\t\tdata/x\n"
+        "y\tdata/s001\tdata/y\tdata/truth\n"
+    )
+    counts = dry_run(tmp_path, config)
+    assert counts["import_avatar"] == 2 and counts["animate_avatar"] == 3
+    assert {counts[rule] for rule in (*PER_SUBJECT[1:], "sample_views", "decode_views")} == {1}
+    # The evaluated one is compared with its photos, which needs no network.
+    assert counts["evaluate_avatar"] == counts["crop_references"] == 1
+    assert counts["track_subject"] == 2
+    (tmp_path / "subjects.tsv").write_text("subject\tavatar\nx\tdata/x\n")
+    counts = dry_run(tmp_path, config)
+    assert set(counts) == {
+        "all", "animate_avatar", "import_avatar", "prepare_head_model", "track_driving",
+        "write_report",
+    }  # fmt: skip
+
+
 def test_one_shard_has_one_round_and_targets_stop_after_their_stage(tmp_path: Path) -> None:
     config = write_project(tmp_path, sampling={"num_shards": 1})
     counts = dry_run(tmp_path, config, "--until", "sample_all")
