@@ -159,6 +159,10 @@ def write_safetensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        # The library makes files that only their owner can read; results are shared.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
 
 
 def read_safetensors(
