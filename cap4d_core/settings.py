@@ -215,9 +215,7 @@ class FittingSettings(StrictModel):
         None, ge=0, description="null = a hundredth of lr_deform_net."
     )
     lr_neck: float = Field(1e-5, ge=0, description="Initial; decays to a hundredth.")
-    lr_neck_final: float | None = Field(
-        None, ge=0, description="null = a hundredth of lr_neck."
-    )
+    lr_neck_final: float | None = Field(None, ge=0, description="null = a hundredth of lr_neck.")
     weight_decay_deform_net: float = Field(2e-3, ge=0)
     lambda_dssim: float = Field(0.4, ge=0, le=1)
     lambda_lpips_end: float = Field(0.9, ge=0, le=1, description="Final share of the LPIPS term.")
