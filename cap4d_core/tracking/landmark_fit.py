@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solveh_banded
 from scipy.spatial.transform import Rotation
@@ -400,7 +401,7 @@ class LandmarkFitter:
             jacobian = _with_pairs(jacobian)
             weighted = jacobian * weight[o, :, None, None]
             flat, flat_weighted = jacobian.reshape(-1, size), weighted.reshape(-1, size)
-            frame_matrix[t] += flat_weighted.T @ flat
+            frame_matrix[t] += _gram(flat_weighted, flat)
             frame_vector[t] += flat_weighted.T @ residual[o].reshape(-1)
             if not shared_size:
                 continue
@@ -415,9 +416,9 @@ class LandmarkFitter:
                 shared[:, :, first + 1 : first + 4] = np.cross(inside[:, None], slope)
                 shared[:, :, first + 4 : first + 7] = slope
             flat_shared = _with_pairs(shared).reshape(-1, shared_size)
-            cross[t] += flat_weighted.T @ flat_shared
+            cross[t] += _gram(flat_weighted, flat_shared)
             by_weight = flat_shared * np.repeat(weight[o], 2)[:, None]
-            shared_matrix += by_weight.T @ flat_shared
+            shared_matrix += _gram(by_weight, flat_shared)
             shared_vector += by_weight.T @ residual[o].reshape(-1)
 
         self._add_priors(state, free, frame_matrix, frame_vector, shared_matrix, shared_vector)
@@ -538,6 +539,13 @@ class LandmarkFitter:
             rotation = Rotation.from_rotvec(np.clip(move[1:4], -0.3, 0.3)).as_matrix()
             state.extr[c, :3, :3] = rotation @ state.extr[c, :3, :3]
             state.extr[c, :3, 3] += np.clip(move[4:7], -0.3, 0.3)
+
+
+def _gram(first: Array, second: Array) -> Array:
+    """first^T second. By torch, whose threads the caller can limit; numpy's cannot be."""
+    product = torch.from_numpy(first).T @ torch.from_numpy(second)
+    result: Array = product.numpy()
+    return result
 
 
 def _with_pairs(values: Array, axis: int = 0) -> Array:

@@ -7,10 +7,11 @@ folder with mattes, overlays and figures.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ _UNSEEN = 1e-4
 _DEFAULT_FPS = 30.0
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: the networks are so small that more mostly wait for each other.
+
+    On a busy machine two threads took six times as long as one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def track_subject(
     source: str | Path,
     output_dir: str | Path,
@@ -131,6 +147,7 @@ def track_subject(
     _write_quality(output_dir, recording, setup, result, figures, time.monotonic() - begin)
 
 
+@_one_thread()
 def track_driving(
     source: str | Path,
     output_dir: str | Path,
@@ -639,6 +656,14 @@ def _write_quality(
         "frames": frames,
     }  # fmt: skip
     if recording.continuous:
+        video = recording.cameras[0].video
+        if video is not None and recording.fps:
+            # Where the first row of the fit is in the video: frames at its beginning may be left
+            # out. Rows are consecutive there.
+            timestep = min(result.row, key=lambda t: result.row[t])
+            skipped = timestep - result.row[timestep]
+            content["video_file"] = video.name
+            content["start_s"] = round(recording.cameras[0].start_s + skipped / recording.fps, 6)
         content["frames_per_second_tracked"] = round(len(result.observed) / max(seconds, 1e-6), 2)
         content["flags"] = motion_flags(fit)
         content.update(smoothness_figures(fit))

@@ -59,7 +59,8 @@ class RecordedCamera:
     """Frames of one camera.
 
     name; size (height, width); first_timestep: of its first frame; photos: one file per frame, or
-    empty for a video; video with the indices of its frames to take; focal_px: from EXIF, else None.
+    empty for a video; video with the indices of its frames to take; focal_px: from EXIF, else None;
+    start_s: time of the first frame in the video.
     """
 
     name: str
@@ -70,6 +71,7 @@ class RecordedCamera:
     indices: tuple[int, ...]
     focal_px: float | None
     calibration: Calibration | None = None
+    start_s: float = 0.0
 
     @property
     def num_frames(self) -> int:
@@ -327,8 +329,9 @@ def _open_video(
         raise InputFileError(
             path, f"a video of {size[1]} x {size[0]} pixels", f"at least {MIN_SIDE} pixels a side"
         )
+    start_s = times[0] + float(seconds[inside][0])
     camera = RecordedCamera(
-        name, size, 0, (), path, tuple(int(i) for i in chosen), None, calibration
+        name, size, 0, (), path, tuple(int(i) for i in chosen), None, calibration, start_s
     )
     return camera, fps / step
 
@@ -357,15 +360,19 @@ def sample_times(times: NDArray[np.float64]) -> tuple[NDArray[np.int64], float]:
 
 
 def _scan(path: Path) -> tuple[list[float], tuple[int, int]]:
-    """Presentation times of all frames (from packets, without decoding) and upright size."""
+    """Presentation times of all frames (from packets, without decoding) and upright size.
+
+    Times count from the beginning of the file, which may be that of the sound.
+    """
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise InputFileError(path, "a file without video stream", "a video")
             stream = container.streams.video[0]
             base = float(stream.time_base or 0)
+            begin = (container.start_time or 0) / av.time_base
             times = sorted(
-                float(packet.pts) * base
+                float(packet.pts) * base - begin
                 for packet in container.demux(stream)
                 if packet.pts is not None and packet.size
             )
