@@ -23,7 +23,7 @@ from scipy.ndimage import binary_fill_holes, distance_transform_edt
 from scipy.spatial import cKDTree
 
 from cap4d_core.errors import InputFileError, UserError
-from cap4d_core.files.basic import read_npz, sha256_file, take_array, write_npz
+from cap4d_core.files.basic import read_npz, require_file, sha256_file, take_array, write_npz
 from cap4d_core.files.images import write_image
 from cap4d_core.flame.model import MODEL_FILE, HeadModel
 from cap4d_core.geometry.mesh_rasterizer import rasterize, screen_to_ndc
@@ -105,7 +105,9 @@ def load_or_compute(
         device: where the networks run.
     """
     head_model_dir, cache = Path(head_model_dir), Path(cache)
-    digest = sha256_file(head_model_dir / MODEL_FILE)
+    digest = sha256_file(
+        require_file(head_model_dir / MODEL_FILE, "a head model made by prepare_head_model")
+    )
     if cache.is_file():
         found = _read(cache, digest)
         if found is not None:

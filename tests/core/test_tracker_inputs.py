@@ -135,6 +135,7 @@ def test_video_becomes_a_driving_sequence_without_gaps(video: Path, tmp_path: Pa
     quality = json.loads((tmp_path / "quality.json").read_text())
     assert [f["used"] for f in quality["frames"]].count(False) == 1
     assert quality["frames"][5]["left_out"] == "no face found"
+    assert quality["start_s"] == 0 and quality["video_file"] == "moving.mp4"
     assert quality["median_rotation_acceleration_deg"] < 0.3
     assert quality["median_translation_acceleration_mm"] < 1.0
 
@@ -215,6 +216,8 @@ def test_range_step_and_limit_choose_frames(tmp_path: Path) -> None:
     assert frames(max_frames=3) == [0, 1, 2]
     assert frames(limit=10) == list(range(0, 20, 2))
     assert frames(limit=10, frame_step=1) == list(range(20))
+    later = open_recording(path, TrackingSettings(start_s=0.25))
+    assert later.cameras[0].start_s == pytest.approx(0.25)
 
 
 def test_known_cameras_are_kept(tmp_path: Path) -> None:
@@ -434,3 +437,9 @@ def test_head_model_that_is_no_head_is_refused() -> None:
     model.template[:] *= 0.1
     with pytest.raises(UserError, match=r"a face is recognised in .* of 15 renderings"):
         compute_correspondence(model, FaceDetector(), LandmarkNetwork(), "my_head")
+
+
+def test_missing_head_model_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "in/0.png", frontal_picture())
+    with pytest.raises(InputFileError, match=r"flame\.npz.*prepare_head_model"):
+        track_subject(tmp_path / "in", tmp_path / "out", tmp_path / "no-head", SETTINGS)
