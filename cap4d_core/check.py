@@ -72,7 +72,7 @@ def check_files(config: Config) -> list[str]:
     for name, row in config.driving.items():
         if row.fit is not None and not row.is_demo:
             attempt(f"driving sequence {name}", partial(check_driving, row))
-        elif row.video is not None:
+        if row.video is not None and (row.fit is None or config.settings.animation.sound):
             attempt(f"driving sequence {name}", partial(check_recording, Path(row.video)))
     attempt("results", partial(check_disk_space, config))
     return problems

@@ -277,6 +277,10 @@ class AnimationSettings(StrictModel):
         None, ge=16, description="Height in pixels; null = that of the trajectory."
     )
     background: tuple[float, float, float] = Field((1.0, 1.0, 1.0), description="RGB in 0..1.")
+    sound: bool = Field(
+        True,
+        description="Add the sound of the driving video when the playback rate is that of its fit.",
+    )
     transparent: bool = Field(False, description="Also write renders.mov (ProRes 4444 with alpha).")
     export_ply: bool = Field(True, description="Write exported_animation.ply.")
     compress_ply: bool = Field(False, description="8-bit vertex offsets in exported_animation.ply.")

@@ -76,7 +76,11 @@ class Driving(StrictModel):
         max_length=64,
         description="Name; becomes the folder results/{subject}/animation/{driving}.",
     )
-    video: str | None = Field(None, description="Video of a person; tracked when `fit` is empty.")
+    video: str | None = Field(
+        None,
+        description="Video of a person; tracked when `fit` is empty. Its sound goes into the "
+        "animation; with a ready fit, frame 0 of that is the beginning of the video.",
+    )
     fit: str | None = Field(None, description="Ready fit.npz, or `demo` for a procedural motion.")
     trajectory: str | None = Field(
         None, description="Camera path (.npz); empty: a static camera, derived from the fit."

@@ -7,6 +7,8 @@ rule animate_avatar:
         description=rules.fit_avatar.output.description,
         driving=rules.track_driving.output.fit,
         trajectory=rules.track_driving.output.trajectory,
+        quality=rules.track_driving.output.quality,
+        sound=driving_video,
         head_model=rules.prepare_head_model.output.folder,
     output:
         video="<results>/{subject}/animation/{driving}/renders.mp4",

@@ -155,6 +155,12 @@ def driving_recording(wildcards):
     return [] if row.fit else row.video
 
 
+def driving_video(wildcards):
+    """Where the sound of an animation comes from."""
+    is_wanted = CONFIG.settings.animation.sound
+    return (DRIVING[wildcards.driving].video or []) if is_wanted else []
+
+
 def driving_trajectory(wildcards):
     row = DRIVING[wildcards.driving]
     if row.is_demo:

@@ -107,6 +107,16 @@ def test_ready_avatars_are_imported_and_animated(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_sound_comes_from_the_driving_video(tmp_path: Path) -> None:
+    config = write_project(tmp_path, num_subjects=1, sampling={"num_views": 0})
+    (tmp_path / "driving.tsv").write_text("driving\tfit\tvideo\nd0\tdata/d0.npz\ttalk.mp4\n")
+    words = ("--cores", "2", "-n", "--configfile", str(config))
+    missing = run_snakemake(tmp_path, *words)
+    assert missing.returncode == 1 and "talk.mp4" in missing.stdout
+    silent = run_snakemake(tmp_path, *words, "--config", "animation={sound: false}")
+    assert silent.returncode == 0, silent.stdout
+
+
 def test_one_shard_has_one_round_and_targets_stop_after_their_stage(tmp_path: Path) -> None:
     config = write_project(tmp_path, sampling={"num_shards": 1})
     counts = dry_run(tmp_path, config, "--until", "sample_all")
