@@ -21,7 +21,7 @@ rule write_report:
         runtime=10,
     params:
         version=STAGE_VERSIONS["write_report"],
-        results=RESULTS,
+        results=lambda wildcards, output: str(Path(output.page).parent),
         animations={name: drivings_of(name) for name in SUBJECTS},
         configuration=CONFIG.settings.model_dump(mode="json"),
     message:
