@@ -16,12 +16,21 @@ import torch
 
 from cap4d_core.avatar.lpips import STAGES, TAP_CHANNELS, Lpips
 from cap4d_core.avatar.lpips_download import HEADS
+from cap4d_core.diffusion.checkpoint import load_mmdm
 from cap4d_core.diffusion.mmdm_download import downloaded_checkpoint
 from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.basic import read_safetensors
 from cap4d_core.job import Job
+from tests.core.synthetic_head import head_folder
 from tests.download_server import CONTENT, SHA256, Server, running_server
-from workflow_scripts import download_lpips, download_mmdm
+from tests.workflow.tiny_mmdm import CONFIG, write_tiny_checkpoint
+from workflow_scripts import (
+    download_lpips,
+    download_mmdm,
+    evaluate_avatar,
+    fit_avatar,
+    prepare_mmdm,
+)
 
 # Numbers of the convolutions in torchvision's VGG16.
 VGG_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -56,6 +65,21 @@ def test_checkpoint_and_config_arrive_verified(server: Server, tmp_path: Path) -
     assert checkpoint.name == "cap4d_mmdm_100k.ckpt" and checkpoint.read_bytes() == CONTENT
     assert (checkpoint.parent / "config_dump.yaml").read_text() == "model: {}\n"
     assert json.loads(job.output_file("record").read_text())["sha256"] == SHA256
+
+
+def test_downloaded_weights_are_prepared(server: Server, tmp_path: Path) -> None:
+    folder = write_tiny_checkpoint(tmp_path / "source")
+    for name in ("tiny.ckpt", "config_dump.yaml"):
+        server.files[f"/{name}"] = (folder / name).read_bytes()
+    config_url = address(server, "config_dump.yaml")
+    job = mmdm_job(tmp_path, address(server, "tiny.ckpt"), config_url=config_url)
+    download_mmdm.main(job)
+    inputs = {"source": [], "download": job.output["record"], "head_model": [str(head_folder())]}
+    outputs = {"folder": [str(tmp_path / "mmdm")]}
+    prepare_mmdm.main(Job("prepare_mmdm", inputs, outputs, {"sha256": None}))
+    model = load_mmdm(tmp_path / "mmdm")
+    assert model.config.views_per_call == CONFIG.views_per_call
+    assert "config_dump.yaml" in model.provenance["config_source"]
 
 
 def test_unpinned_checkpoint_says_its_hash(
@@ -172,3 +196,33 @@ def test_lpips_without_a_hash_is_allowed_and_checked(
     with caplog.at_level(logging.WARNING), pytest.raises(InputFileError, match="unreadable"):
         download_lpips.main(job)
     assert SHA256 in caplog.text
+
+
+@pytest.mark.parametrize("lpips", [[], ["results/assets/lpips/vgg.safetensors"]])
+def test_fit_and_evaluation_take_the_file(
+    lpips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the setting says 'download', the file is known to the rules only."""
+    seen: list[object] = []
+
+    def fit(*arguments: Any, **_: Any) -> None:
+        seen.append(arguments[2].lpips_weights)
+
+    def evaluate(*_: Any, lpips_weights: Path | None, **__: Any) -> None:
+        seen.append(lpips_weights and str(lpips_weights))
+
+    def stand_in(*_: Any, **__: Any) -> Any:
+        return []
+
+    monkeypatch.setattr("cap4d_core.avatar.fitting.fit_avatar", fit)
+    monkeypatch.setattr("cap4d_core.evaluation.evaluate.evaluate_avatar", evaluate)
+    monkeypatch.setattr("cap4d_core.files.image_set.read_image_index", stand_in)
+    monkeypatch.setattr("cap4d_core.flame.model.HeadModel.load", stand_in)
+    monkeypatch.setattr("cap4d_core.avatar.gaussians.GaussianAvatar.load", stand_in)
+    inputs = {name: ["x/x"] for name in ("references", "head_model", "avatar", "held_out")}
+    settings = {"lpips_weights": "download" if lpips else None}
+    outputs = {name: [str(tmp_path / name)] for name in ("avatar", "metrics")}
+    job = Job("fit", {**inputs, "lpips": lpips}, outputs, {"settings": settings, "lower_jaw": True})
+    fit_avatar.main(job)
+    evaluate_avatar.main(job)
+    assert seen == [next(iter(lpips), None)] * 2
