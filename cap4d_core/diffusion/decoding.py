@@ -125,9 +125,7 @@ def decode_views(
     def save(view: int, image: Tensor) -> dict[str, str]:
         write_image(output_dir / _image(view), _bytes(image, settings.parity))
         write_view_parameters(output_dir / _parameters(view), plan.views[view])
-        return {
-            name: sha256_file(output_dir / name) for name in (_image(view), _parameters(view))
-        }
+        return {name: sha256_file(output_dir / name) for name in (_image(view), _parameters(view))}
 
     finished = 0
     saving: deque[Future[dict[str, str]]] = deque()
