@@ -31,11 +31,11 @@ demo: $(STAMP)
 	@$(RUN) -m cap4d_core summary
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not full_size"
 
 # No Snakemake runs, nothing that takes minutes.
 test-unit: $(STAMP)
-	$(RUN) -m pytest -m "not slow and not workflow and not slurm"
+	$(RUN) -m pytest -m "not slow and not workflow and not slurm and not full_size"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

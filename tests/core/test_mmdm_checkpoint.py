@@ -503,7 +503,7 @@ print(base, peak, time.monotonic() - start)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_full_size_import_fits_in_memory(tmp_path: Path, dtype: str) -> None:
     """A random checkpoint of the released size; peak memory below 1.5 times the file."""
