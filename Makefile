@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 RUN := $(VENV)/bin/python
 CORES ?= all
+# Test processes; a test file stays within one.
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-unit lint real-run clean help
@@ -31,11 +33,11 @@ demo: $(STAMP)
 	@$(RUN) -m cap4d_core summary
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not full_size"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not full_size"
 
 # No Snakemake runs, nothing that takes minutes.
 test-unit: $(STAMP)
-	$(RUN) -m pytest -m "not slow and not workflow and not slurm and not full_size"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not workflow and not slurm and not full_size"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -250,6 +250,7 @@ def test_partial_reference_masks_take_the_plain_path() -> None:
     torch.testing.assert_close(step(TIMESTEP, *batches, latents), expected)
 
 
+@pytest.mark.slow
 def test_compiled_form_has_no_graph_breaks() -> None:
     denoiser = random_denoiser(CONFIGS["released shape"])
     latents, c = inputs(CONFIGS["released shape"], 2, torch.float32)

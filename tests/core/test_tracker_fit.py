@@ -216,6 +216,7 @@ def test_second_camera_is_used_or_found(model: LandmarkModel, known: bool) -> No
     assert np.array_equal(fit.extr[0], np.eye(4)) or np.allclose(fit.extr[0], np.eye(4), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_smoothness_removes_jitter_and_keeps_motion(model: LandmarkModel) -> None:
     frames = 40
     time = np.arange(frames) / 30.0

@@ -82,6 +82,7 @@ def _moving(count: int) -> list[Picture]:
 # --- from end to end
 
 
+@pytest.mark.slow
 def test_photos_become_a_tracked_subject(tmp_path: Path) -> None:
     seen: list[Progress] = []
     track_subject(
