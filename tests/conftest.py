@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fix", action="store_true", help="rewrite generated files instead of failing"
     )
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests that draw without a generator of their own draw the same every time."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

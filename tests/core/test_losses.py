@@ -105,7 +105,9 @@ def test_relative_losses_vanish_for_equal_meshes() -> None:
     turned = rotation @ so3_exp(torch.tensor([0.0, 0.2, 0.0]))
     assert float(losses.relative_rotation_loss(turned, rotation)) == pytest.approx(0.04, rel=1e-4)
     shifted = means + torch.tensor([OFFSET_UNIT, 0, 0])
-    assert float(losses.relative_deformation_loss(shifted, means)) == pytest.approx(1.0)
+    # 0.0108 m added to float32 values of order 1 is itself only known to 1e-5.
+    loss = float(losses.relative_deformation_loss(shifted, means))
+    assert loss == pytest.approx(1.0, rel=1e-4)
 
 
 def test_neck_loss_has_no_gradient_at_rest() -> None:
