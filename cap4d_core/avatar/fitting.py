@@ -34,7 +34,6 @@ from cap4d_core.avatar.training import LOSS_NAMES, AvatarTrainer, RenderFunction
 from cap4d_core.errors import DivergedError, MissingAssetError
 from cap4d_core.files.basic import write_json
 from cap4d_core.files.image_set import ImageSetItem
-from cap4d_core.files.tracking import Tracking
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import FittingSettings
@@ -54,7 +53,6 @@ def fit_avatar(
     callback: ProgressCallback | None = None,
     *,
     device: torch.device | str | None = None,
-    target_driving: Tracking | None = None,
     render_fn: RenderFunction = render_gaussians,
 ) -> GaussianAvatar:
     """Fits an avatar.
@@ -66,7 +64,6 @@ def fit_avatar(
         output_dir: receives the outputs.
         callback: called after every iteration.
         device: default: where the head model is.
-        target_driving: not used: the learned neck does not depend on the driving sequence.
         render_fn: renderer.
 
     Raises:

@@ -36,7 +36,7 @@ _BATCHES_FOR_MEMORY = ((60.0, 4), (30.0, 2))
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolves 'auto': bf16 on GPUs that have it, tf32 or fp32 on older ones, fp32 on the CPU."""
+    """Resolves 'auto': bf16 on GPUs that have it, else fp32."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
