@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -65,8 +67,8 @@ def rasterize(
         perspective: barycentrics correct for perspective, with z the camera depth, instead of
             affine in the picture.
         cull_backfaces: skip faces that are clockwise in the picture.
-        backend: 'auto' = numba on the CPU; on CUDA pytorch3d if installed, else torch. 'builtin' =
-            numba or torch.
+        backend: 'auto' = numba on the CPU (torch if it is not installed); on CUDA pytorch3d if
+            installed, else torch. 'builtin' = numba or torch.
 
     Returns:
         Fragments on the device of `vertices`.
@@ -93,12 +95,21 @@ def rasterize(
     return _rasterize_pytorch3d(vertices, faces, size, perspective, cull_backfaces)
 
 
+@lru_cache(maxsize=1)
+def _numba_is_installed() -> bool:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def _choose_backend(backend: RasterizerBackend, device: torch.device) -> str:
     installed = importlib.util.find_spec("pytorch3d") is not None
     if backend == "auto" and device.type == "cuda" and installed:
         return "pytorch3d"
     if backend in ("auto", "builtin"):
-        return "numba" if device.type == "cpu" else "torch"
+        return "numba" if device.type == "cpu" and _numba_is_installed() else "torch"
     if backend == "pytorch3d" and not installed:
         raise UserError(
             "The mesh rasterizer 'pytorch3d' was asked for, but pytorch3d is not installed. "
@@ -107,6 +118,11 @@ def _choose_backend(backend: RasterizerBackend, device: torch.device) -> str:
     if backend == "numba" and device.type != "cpu":
         raise UserError(
             f"The mesh rasterizer 'numba' runs on the CPU, the mesh is on {device}. Use 'torch'."
+        )
+    if backend == "numba" and not _numba_is_installed():
+        raise UserError(
+            "The mesh rasterizer 'numba' was asked for, but numba is not installed. "
+            "Use 'auto' or 'torch' (same results), or install numba."
         )
     return backend
 
@@ -171,6 +187,9 @@ def axis_coordinates(count: int, other: int, device: torch.device) -> Tensor:
 
 # Fragments expanded at once by the torch backend; bounds its memory to about 1 GB.
 _MAX_FRAGMENTS = 1 << 22
+# Pixels by which a face's box of pixel centres is widened: rounding must not lose one. A box of
+# float32 pixel positions is off by less than 1e-6 of the picture's size.
+_SLACK = 0.05
 
 
 def _edge(px: Tensor, py: Tensor, ax: Tensor, ay: Tensor, bx: Tensor, by: Tensor) -> Tensor:
@@ -203,6 +222,27 @@ def _normalised(
     return (w0, w1, w2), w0 * z0 + w1 * z1 + w2 * z2
 
 
+def _chunks(ends: Tensor) -> list[tuple[int, int, int]]:
+    """Parts of at most about _MAX_FRAGMENTS fragments: first face, last + 1, fragments.
+
+    Args:
+        ends: (K,) running sum of the faces' fragments.
+    """
+    total = int(ends[-1]) if len(ends) else 0
+    steps = torch.arange(
+        _MAX_FRAGMENTS, max(total, _MAX_FRAGMENTS), _MAX_FRAGMENTS, device=ends.device
+    )
+    # A face belongs to the part in which its last fragment lies.
+    cuts = torch.searchsorted(ends, steps, right=True)
+    before = torch.where(cuts > 0, ends[(cuts - 1).clamp(min=0)], 0)
+    bounds = [[0, 0], *torch.stack([cuts, before], 1).tolist(), [len(ends), total]]
+    return [
+        (first[0], last[0], last[1] - first[1])
+        for first, last in pairwise(bounds)
+        if last[0] > first[0]
+    ]
+
+
 def _rasterize_torch(
     vertices: Tensor, faces: Tensor, size: tuple[int, int], perspective: bool, cull: bool
 ) -> Fragments:
@@ -217,39 +257,40 @@ def _rasterize_torch(
     usable &= z.amin(1) >= 1e-8
 
     def pixel_range(values: Tensor, count: int, other: int) -> tuple[Tensor, Tensor]:
-        # One pixel wider than needed: rounding here must not lose a pixel.
         half, step = pixel_centers(count, other)
-        first = ((half - values.amax(1)) / step - 1.5).floor().clamp(0, count)
-        last = ((half - values.amin(1)) / step + 0.5).ceil().clamp(-1, count - 1)
+        first = ((half - values.amax(1)) / step - 0.5 - _SLACK).ceil().clamp(0, count)
+        last = ((half - values.amin(1)) / step - 0.5 + _SLACK).floor().clamp(-1, count - 1)
         usable.logical_and_(torch.isfinite(first) & torch.isfinite(last))
-        return first.nan_to_num().long(), last.nan_to_num().long()
+        return first.nan_to_num().int(), last.nan_to_num().int()
 
     left, right = pixel_range(x, width, height)
     top, bottom = pixel_range(y, height, width)
     box_width = (right - left + 1).clamp(min=0)
     counts = torch.where(usable, box_width * (bottom - top + 1).clamp(min=0), 0)
     picked = torch.nonzero(counts > 0).squeeze(1)
-    counts = counts[picked]
     empty = torch.iinfo(torch.int64).max
     buffer = torch.full((batch * height * width,), empty, dtype=torch.int64, device=device)
 
-    ends = counts.cumsum(0)
-    chunk = torch.div(ends - 1, _MAX_FRAGMENTS, rounding_mode="floor")
-    for part in torch.unique_consecutive(chunk).tolist():
-        selected, number = picked[chunk == part], counts[chunk == part]
-        owner = torch.repeat_interleave(selected, number)
-        start = torch.repeat_interleave(number.cumsum(0) - number, number)
-        step = torch.arange(len(owner), device=device) - start
-        column = left[owner] + step % box_width[owner]
-        row = top[owner] + torch.div(step, box_width[owner], rounding_mode="floor")
+    for start, stop, total in _chunks(counts[picked].cumsum(0)):
+        selected = picked[start:stop]
+        number = counts[selected]
+        # Where a fragment's face is among the selected ones, and its place in that face's box.
+        face = torch.repeat_interleave(number, output_size=total)
+        step = torch.arange(total, dtype=torch.int32, device=device)
+        step -= (number.cumsum(0, dtype=torch.int32) - number)[face]
+        span = box_width[selected][face]
+        line = torch.div(step, span, rounding_mode="floor")
+        column = left[selected][face] + (step - line * span)
+        row = top[selected][face] + line
         px, py = columns[column], rows[row]
-        corners = triangles[owner]
-        low, high = corners.amin(1), corners.amax(1)
+        shown = triangles[selected]
+        low, high = shown[..., :2].amin(1)[face], shown[..., :2].amax(1)[face]
         inside = (px >= low[:, 0]) & (px <= high[:, 0]) & (py >= low[:, 1]) & (py <= high[:, 1])
+        corners = shown[face]
         weights = _barycentrics(corners, px, py)
         inside &= (weights[0] > 0) & (weights[1] > 0) & (weights[2] > 0)
         keep = torch.nonzero(inside).squeeze(1)
-        owner, row, column, corners = owner[keep], row[keep], column[keep], corners[keep]
+        owner, row, column, corners = selected[face[keep]], row[keep], column[keep], corners[keep]
         kept = (weights[0][keep], weights[1][keep], weights[2][keep])
         cz = (corners[:, 0, 2], corners[:, 1, 2], corners[:, 2, 2])
         _, depth = _normalised(kept, cz, perspective)

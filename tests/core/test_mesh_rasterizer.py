@@ -59,7 +59,7 @@ def test_backends_agree_to_the_bit(
 def test_torch_backend_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     vertices, faces = _soup(1)
     whole = rasterize(vertices, faces, (32, 32), backend="torch")
-    monkeypatch.setattr(mesh_rasterizer, "_MAX_FRAGMENTS", 20_000)
+    monkeypatch.setattr(mesh_rasterizer, "_MAX_FRAGMENTS", 5_000)
     parts = rasterize(vertices, faces, (32, 32), backend="torch")
     assert torch.equal(whole.face_index, parts.face_index)
     assert torch.equal(whole.barycentrics, parts.barycentrics)
@@ -155,6 +155,31 @@ def test_result_does_not_depend_on_threads(threads: int) -> None:
         assert torch.equal(rasterize(vertices[:1], faces, (33, 33)).depth, expected.depth)
     finally:
         numba.set_num_threads(before)
+
+
+def test_small_pictures_of_large_faces_and_the_reverse() -> None:
+    """Boxes of pixel centres are tight; faces far outside or across the picture stay right."""
+    generator = torch.Generator().manual_seed(5)
+    for scale, size in ((40.0, (9, 31)), (0.05, (257, 63))):
+        vertices = (torch.rand(1, 900, 3, generator=generator) - 0.5) * scale
+        vertices[..., 2] = 2.0 + torch.rand(1, 900, generator=generator)
+        faces = torch.arange(900).view(-1, 3)
+        both = [
+            rasterize(vertices, faces, size, cull_backfaces=False, backend=name)
+            for name in ("numba", "torch")
+        ]
+        assert both[0].covered.any()
+        assert torch.equal(both[0].face_index, both[1].face_index)
+        assert torch.equal(both[0].depth, both[1].depth)
+
+
+def test_without_numba_the_cpu_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    vertices, faces = _soup(4)
+    expected = rasterize(vertices, faces, (16, 16), backend="numba")
+    monkeypatch.setattr(mesh_rasterizer, "_numba_is_installed", lambda: False)
+    assert torch.equal(rasterize(vertices, faces, (16, 16)).depth, expected.depth)
+    with pytest.raises(UserError, match="numba is not installed"):
+        rasterize(vertices, faces, (16, 16), backend="numba")
 
 
 def test_unavailable_backends_are_refused_with_advice() -> None:
