@@ -13,7 +13,7 @@ supersampled picture.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional
 from cap4d_core.demo import anatomy, attachments, head, topology
 from cap4d_core.demo.subject import Subject
 from cap4d_core.flame.model import HeadModel
-from cap4d_core.geometry.mesh_rasterizer import rasterize
+from cap4d_core.geometry.mesh_rasterizer import RasterizerBackend, rasterize
 from cap4d_core.geometry.rotations import rodrigues
 
 # Rows: skin, eye, hair, tooth, flesh, cloth. Columns: specular strength, exponent, wrap of red,
@@ -83,12 +83,56 @@ class Rendering:
     depth: Tensor
 
 
+@dataclass(frozen=True)
+class _Part:
+    """An attachment: vertices (N,3) at rest to be carried by the skin, or (1,N,3) in place."""
+
+    vertices: Tensor
+    binding: Tensor | None
+    weights: Tensor | None
+    on_jaw: Tensor | None
+
+
+@dataclass(frozen=True)
+class _SharedHead:
+    """What all subjects have in common, on one device."""
+
+    model: HeadModel
+    rest: Tensor
+    jaw_regressor: Tensor
+    jaw_joint: Tensor
+    corner_uv: Tensor
+    materials: Tensor
+    eye_sets: tuple[Tensor, Tensor]
+    flip: Tensor  # +y up, +z out of the face to OpenCV's axes
+    inside: Tensor
+
+
 @lru_cache(maxsize=4)
-def _head_model(num_shape: int, device: torch.device) -> HeadModel:
+def _shared_head(num_shape: int, device: torch.device) -> _SharedHead:
     h = head.build_demo_head()
     arrays = {k: np.asarray(v) for k, v in h.model.items() if not isinstance(v, str)}
     model = HeadModel(arrays, h.faces, h.blink, None, num_shape=num_shape, num_expr=65, mouth=False)
-    return model.to(device)
+    to = partial(_tensor, device)
+    # Eyeball vertices: the side they are on, for the shade of the lids.
+    index = np.arange(len(h.rest))
+    left = index < topology.NUM_SKIN + topology.NUM_EYE
+    eye = index >= topology.NUM_SKIN
+    return _SharedHead(
+        model.to(device),
+        to(h.rest),
+        to(h.jaw_regressor),
+        to(h.joints[2]),
+        to(h.corner_uv),
+        MATERIALS.to(device),
+        (to(np.where(eye & left)[0], torch.int64), to(np.where(eye & ~left)[0], torch.int64)),
+        to([1.0, -1.0, -1.0]),
+        _INSIDE.to(device),
+    )
+
+
+def _tensor(device: torch.device, a: object, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.as_tensor(np.ascontiguousarray(a), dtype=dtype, device=device)
 
 
 class SubjectRenderer:
@@ -97,20 +141,23 @@ class SubjectRenderer:
     Args:
         subject: who.
         device: where to compute.
+        backend: of the rasterizer.
     """
 
-    def __init__(self, subject: Subject, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        device: str | torch.device = "cpu",
+        backend: RasterizerBackend = "auto",
+    ) -> None:
         self.subject = subject
         self.device = torch.device(device)
+        self.backend = backend
         h = head.build_demo_head()
-        self.head_model = _head_model(len(subject.shape), self.device)
-
-        def to(a: object, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.as_tensor(np.ascontiguousarray(a), dtype=dtype, device=self.device)
-
+        self._shared = _shared_head(len(subject.shape), self.device)
+        self.head_model = self._shared.model
+        to = partial(_tensor, self.device)
         self.shape = to(subject.shape)
-        self.rest = to(h.rest)
-        self.jaw_regressor, self.jaw_joint = to(h.jaw_regressor), to(h.joints[2])
         self.texture = to(subject.texture).permute(2, 0, 1)[None]
         num = len(h.rest)
         faces, materials, colors = [h.faces], [np.zeros(num)], [np.ones((num, 3))]
@@ -122,31 +169,32 @@ class SubjectRenderer:
             colors.append(part.colors)
         self.faces = to(np.concatenate(faces), torch.int64)
         self.num_textured = len(h.faces)
-        self.corner_uv = to(h.corner_uv)
         vertex_material = np.concatenate(materials).astype(np.int64)
         self.face_material = to(vertex_material[np.concatenate(faces)[:, 0]], torch.int64)
         self.colors = to(np.concatenate(colors))
-        self.materials = MATERIALS.to(self.device)
-        self.parts = [
-            (
-                to(p.vertices),
-                to(p.binding, torch.int64),
-                to(p.weights),
-                p.follows,
-                to(p.on_jaw, torch.bool),
-            )
-            for p in subject.attachments
-        ]
+        self._parts = [self._place(part) for part in subject.attachments]
         light = subject.traits.lighting
         self.lights = [(to(light.key), to(light.key_color)), (to(light.fill), to(light.fill_color))]
         self.sky, self.ground = to(light.sky), to(light.ground)
-        # Eyeball vertices: the side they are on, for the shade of the lids.
-        eye = np.arange(len(h.rest)) >= topology.NUM_SKIN
-        left = np.arange(len(h.rest)) < topology.NUM_SKIN + topology.NUM_EYE
-        self.eye_sets = [
-            to(np.where(eye & left)[0], torch.int64),
-            to(np.where(eye & ~left)[0], torch.int64),
-        ]
+
+    @torch.no_grad()
+    def _place(self, part: attachments.Attachment) -> _Part:
+        """An attachment on this subject's head at rest, or what is needed to move it."""
+        to = partial(_tensor, self.device)
+        vertices, weights = to(part.vertices), to(part.weights)
+        binding = to(part.binding, torch.int64)
+        on_jaw = to(part.on_jaw, torch.bool) if part.on_jaw.any() else None
+        if part.follows:
+            return _Part(vertices, binding, weights, on_jaw)
+        zero = torch.zeros(1, 3, device=self.device)
+        still = self.head_model(self.shape, zero.new_zeros(1, 65), zero, zero).vertices
+        return _Part(self._carried(vertices, binding, weights, still), None, None, on_jaw)
+
+    def _carried(
+        self, vertices: Tensor, binding: Tensor, weights: Tensor, target: Tensor
+    ) -> Tensor:
+        change = ((target - self._shared.rest)[:, binding] * weights[None, :, :, None]).sum(2)
+        return vertices + change
 
     def geometry(self, expr: Tensor, eye_rot: Tensor, neck_rot: Tensor | None = None) -> Tensor:
         """All vertices (T,N,3) in the head's frame: head model first, then the attachments."""
@@ -154,18 +202,16 @@ class SubjectRenderer:
         posed = self.head_model(
             self.shape, expr, zero, zero, eye_rot=eye_rot, neck_rot=neck_rot
         ).vertices
-        still = self.head_model(
-            self.shape, zero[:1, :1].expand(1, 65) * 0, zero[:1], zero[:1]
-        ).vertices
         out = [posed]
-        jaw = rodrigues(expr @ self.jaw_regressor)
-        for vertices, binding, weights, follows, on_jaw in self.parts:
-            target = posed if follows else still
-            change = ((target - self.rest)[:, binding] * weights[None, :, :, None]).sum(2)
-            v = (vertices + change).expand(len(expr), -1, -1)
-            if bool(on_jaw.any()):
-                turned = (v - self.jaw_joint) @ jaw.transpose(1, 2) + self.jaw_joint
-                v = torch.where(on_jaw[None, :, None], turned, v)
+        jaw, joint = rodrigues(expr @ self._shared.jaw_regressor), self._shared.jaw_joint
+        for part in self._parts:
+            v = part.vertices
+            if part.binding is not None and part.weights is not None:
+                v = self._carried(v, part.binding, part.weights, posed)
+            v = v.expand(len(expr), -1, -1)
+            if part.on_jaw is not None:
+                turned = (v - joint) @ jaw.transpose(1, 2) + joint
+                v = torch.where(part.on_jaw[None, :, None], turned, v)
             out.append(v)
         return torch.cat(out, 1)
 
@@ -181,7 +227,7 @@ class SubjectRenderer:
         """(T,N) darkening of the eyeballs below the lids' edges."""
         shade = torch.ones(v.shape[:2], device=v.device)
         r = 1e-3 * anatomy.EYE_RADIUS
-        for ids in self.eye_sets:
+        for ids in self._shared.eye_sets:
             p = v[:, ids]
             centre = p.mean(1, keepdim=True)
             q = (p - centre) / r
@@ -216,7 +262,8 @@ class SubjectRenderer:
         height, width = size[0] * ss, size[1] * ss
         v = self.geometry(expr, views.eye_rot, views.neck_rot)
         turn = rodrigues(rot)
-        world = (v @ turn.transpose(1, 2) + tra[:, None]) * v.new_tensor([1.0, -1.0, -1.0])
+        flip = self._shared.flip
+        world = (v @ turn.transpose(1, 2) + tra[:, None]) * flip
         cam = world @ extr[:, :3, :3].transpose(1, 2) + extr[:, None, :3, 3]
         z = cam[..., 2]
         px = cam[..., 0] / z * fx[:, None] + cx[:, None]
@@ -224,7 +271,12 @@ class SubjectRenderer:
         short = min(size)
         ndc = torch.stack([(size[1] - 2 * px) / short, (size[0] - 2 * py) / short, z], -1)
         fragments = rasterize(
-            ndc, self.faces, (height, width), perspective=True, cull_backfaces=False
+            ndc,
+            self.faces,
+            (height, width),
+            perspective=True,
+            cull_backfaces=False,
+            backend=self.backend,
         )
         view, row, col = torch.where(fragments.face_index >= 0)
         face = fragments.face_index[view, row, col]
@@ -240,9 +292,7 @@ class SubjectRenderer:
         normal = functional.normalize(interpolate(normals), dim=-1, eps=1e-9)
         point = interpolate(v)
         # The camera in the head's frame.
-        centre = -(extr[:, :3, :3].transpose(1, 2) @ extr[:, :3, 3:])[..., 0] * v.new_tensor(
-            [1.0, -1.0, -1.0]
-        )
+        centre = -(extr[:, :3, :3].transpose(1, 2) @ extr[:, :3, 3:])[..., 0] * flip
         eye_point = ((centre - tra)[:, None] @ turn)[:, 0]
         to_eye = functional.normalize(eye_point[view] - point, dim=-1)
         facing = (normal * to_eye).sum(-1)
@@ -257,8 +307,8 @@ class SubjectRenderer:
         normal = torch.where((two_sided & (facing < 0))[:, None], -normal, normal)
 
         albedo = interpolate(self.colors)
-        textured = face < self.num_textured
-        uv = (self.corner_uv[face[textured]] * bary[textured][..., None]).sum(1)
+        textured = torch.nonzero(face < self.num_textured).squeeze(1)
+        uv = (self._shared.corner_uv[face[textured]] * bary[textured][..., None]).sum(1)
         grid = torch.stack([2 * uv[:, 0] - 1, 1 - 2 * uv[:, 1]], -1)
         sampled = functional.grid_sample(
             self.texture, grid[None, None], mode="bilinear", align_corners=False
@@ -266,7 +316,7 @@ class SubjectRenderer:
         albedo[textured] = sampled[0, :, 0].T
         color = self._shade(albedo, normal, to_eye, material)
         color = color * interpolate(shade[..., None])
-        color = torch.where(inside[:, None], _INSIDE.to(color), color)
+        color = torch.where(inside[:, None], self._shared.inside, color)
         rgb = _srgb(color)
 
         t = len(expr)
@@ -283,7 +333,7 @@ class SubjectRenderer:
         return full, matte, mean[..., 4] / safe
 
     def _shade(self, albedo: Tensor, normal: Tensor, to_eye: Tensor, material: Tensor) -> Tensor:
-        m = self.materials[material]
+        m = self._shared.materials[material]
         strength, exponent, wrap = m[:, 0:1], m[:, 1:2], m[:, 2:5]
         up = 0.5 + 0.5 * normal[:, 1:2]
         color = albedo * (self.sky * up + self.ground * (1 - up))

@@ -172,11 +172,12 @@ def screen_to_ndc(points: Tensor, size: tuple[int, int]) -> Tensor:
     return result
 
 
+@lru_cache(maxsize=64)
 def axis_coordinates(count: int, other: int, device: torch.device) -> Tensor:
     """(count,) float32 normalised centres of the columns (or rows), from +half to -half.
 
     Evaluated in the order of operations of the reference implementation, so that centres, and with
-    them the pixels on edges, agree to the last bit for every size.
+    them the pixels on edges, agree to the last bit for every size. Cached: do not write to it.
     """
     span = 2.0 * count / other if count > other else 2.0
     span_f32 = torch.tensor(span, dtype=torch.float32, device=device)
