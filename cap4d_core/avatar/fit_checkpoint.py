@@ -24,9 +24,9 @@ from cap4d_core.files.basic import read_safetensors, write_safetensors
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "last.safetensors"
-VERSION = 1
+VERSION = 2
 # Settings that do not change what is computed.
-NEUTRAL_SETTINGS = {"checkpoint_every_s", "evaluate_every", "max_gaussians"}
+NEUTRAL_SETTINGS = {"checkpoint_every_s", "evaluate_every", "max_gaussians", "compile"}
 
 
 def fit_fingerprint(trainer: AvatarTrainer) -> str:

@@ -29,9 +29,9 @@ from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import ImageData, load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.renderer import render_gaussians
-from cap4d_core.avatar.schedules import evaluation_interval
+from cap4d_core.avatar.schedules import evaluation_interval, is_due
 from cap4d_core.avatar.training import LOSS_NAMES, AvatarTrainer, RenderFunction
-from cap4d_core.errors import DivergedError, MissingAssetError
+from cap4d_core.errors import DeadlineError, DivergedError, MissingAssetError
 from cap4d_core.files.basic import write_json
 from cap4d_core.files.image_set import ImageSetItem
 from cap4d_core.flame.model import HeadModel
@@ -40,7 +40,7 @@ from cap4d_core.settings import FittingSettings
 
 logger = logging.getLogger(__name__)
 
-# Iterations between two looks at the losses (each stops the device once).
+# Steps between two looks at the losses (each stops the device once).
 LOG_INTERVAL = 50
 NUM_TRAIN_SCORES = 8
 
@@ -68,6 +68,7 @@ def fit_avatar(
 
     Raises:
         DivergedError: losses became NaN or the splats too many; the last checkpoint is kept.
+        DeadlineError: from `callback`; what was done is in the checkpoint.
         InputFileError: an input is not what it should be.
         MissingAssetError: LPIPS weights are required but absent.
     """
@@ -139,17 +140,19 @@ def _run(
     started, spent = time.monotonic(), history["seconds"]
     last_saved = started
     interval = evaluation_interval(settings)
-    log_interval = min(LOG_INTERVAL, max(settings.iterations // 20, 1))
+    stride = trainer.batch_size
+    log_interval = stride * min(LOG_INTERVAL, max(settings.iterations // (20 * stride), 1))
     sums, count = torch.zeros(len(LOSS_NAMES), device=trainer.device), 0
     metrics: dict[str, float] = {}
 
-    for iteration in range(done + 1, settings.iterations + 1):
+    # Iterations count views; the last step may see a few more than asked for.
+    for iteration in range(done + stride, settings.iterations + stride, stride):
         sums += trainer.step(iteration)
         count += 1
-        last = iteration == settings.iterations
+        last = iteration >= settings.iterations
         due = time.monotonic() - last_saved > settings.checkpoint_every_s
-        evaluate = last or iteration % interval == 0
-        if last or due or evaluate or iteration % log_interval == 0:
+        evaluate = last or is_due(iteration, interval, stride)
+        if last or due or evaluate or is_due(iteration, log_interval, stride):
             means = (sums / count).tolist()
             _check(trainer, iteration, means, checkpoint)
             sums, count = torch.zeros_like(sums), 0
@@ -168,7 +171,12 @@ def _run(
             save_checkpoint(checkpoint, trainer, iteration, fingerprint, history)
             last_saved = time.monotonic()
         if callback is not None:
-            callback(Progress(iteration, settings.iterations, metrics=metrics))
+            finished = min(iteration, settings.iterations)
+            try:
+                callback(Progress(finished, settings.iterations, metrics=metrics))
+            except DeadlineError:
+                save_checkpoint(checkpoint, trainer, iteration, fingerprint, history)
+                raise
     return history
 
 

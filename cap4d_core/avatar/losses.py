@@ -7,6 +7,7 @@ The regularisers are in the units of `cap4d_core.avatar.deformation.OFFSET_UNIT`
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1 = 0.01**2
 SSIM_C2 = 0.03**2
+_BELL = [math.exp(-((i - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2)) for i in range(SSIM_WINDOW)]
+_WEIGHTS = tuple(value / sum(_BELL) for value in _BELL)
 # Side in pixels up to which blurring by matrix products beats convolutions.
 MAX_MATRIX_BLUR = 256
 
@@ -52,6 +55,8 @@ def _blur_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _blur(maps: Tensor, separable: bool) -> Tensor:
     """Gaussian window over (B, C, H, W) with zero padding."""
+    if separable and torch.compiler.is_compiling():
+        return _blur_shifted(maps)
     batch, channels, height, width = maps.shape
     if separable and max(height, width) <= MAX_MATRIX_BLUR:
         # Convolutions of one channel are slow to differentiate on the CPU; products are not.
@@ -67,6 +72,22 @@ def _blur(maps: Tensor, separable: bool) -> Tensor:
     else:
         flat = F.conv2d(flat, torch.outer(window, window)[None, None], padding=pad)
     return flat.view(batch, channels, height, width)
+
+
+def _blur_shifted(maps: Tensor) -> Tensor:
+    """The same as a sum of shifted maps, which a compiler turns into one kernel per axis.
+
+    In float32: convolutions may use TF32, whose 10 bits the variances of SSIM do not survive.
+    """
+    pad = SSIM_WINDOW // 2
+    height, width = maps.shape[-2:]
+    tall = F.pad(maps, (0, 0, pad, pad))
+    rows = sum(w * tall[..., i : i + height, :] for i, w in enumerate(_WEIGHTS))
+    assert isinstance(rows, Tensor)
+    wide = F.pad(rows, (pad, pad))
+    blurred = sum(w * wide[..., i : i + width] for i, w in enumerate(_WEIGHTS))
+    assert isinstance(blurred, Tensor)
+    return blurred
 
 
 def ssim_map(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:

@@ -52,7 +52,7 @@ def make_adam(
         network: deformation network.
         settings: rates and batch size.
     """
-    factor = math.sqrt(settings.batch_size)
+    factor = math.sqrt(settings.views_per_step)
     rates = splat_rates(settings)
     groups: list[dict[str, object]] = [
         {"params": [splats[name]], "lr": rates[name] * factor, "name": name}
@@ -69,7 +69,7 @@ def make_adam(
     return torch.optim.Adam(
         groups,
         lr=0.0,
-        betas=batch_betas(settings.batch_size),
+        betas=batch_betas(settings.views_per_step),
         eps=ADAM_EPS / factor,
         fused=True,
     )
@@ -128,7 +128,7 @@ def set_rates(
     iteration: int, settings: FittingSettings, adam: torch.optim.Adam, neck: RowAdam | None
 ) -> None:
     """Sets the scheduled rates: positions, deformation network, neck. The others stay."""
-    factor = math.sqrt(settings.batch_size)
+    factor = math.sqrt(settings.views_per_step)
     rates = scheduled_rates(iteration, settings)
     for group in adam.param_groups:
         if group["name"] in rates:

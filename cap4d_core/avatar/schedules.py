@@ -71,8 +71,13 @@ def sh_degree_at(iteration: int, settings: FittingSettings) -> int:
     return min(iteration // settings.sh_warmup, settings.sh_degree)
 
 
+def is_due(iteration: int, interval: int, batch_size: int) -> bool:
+    """Whether the last step, of so many views, reached a multiple of an interval."""
+    return iteration // interval > (iteration - batch_size) // interval
+
+
 def evaluation_interval(settings: FittingSettings) -> int:
-    """Steps between evaluations: a fifth of the run when the setting is longer than the run."""
+    """Views between evaluations: a fifth of the run when the setting is longer than the run."""
     if settings.evaluate_every > settings.iterations:
         return max(settings.iterations // 5, 1)
     return settings.evaluate_every

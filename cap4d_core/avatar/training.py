@@ -1,5 +1,8 @@
 """One optimisation step of the avatar: pose, render, losses, backward, density control.
 
+Iterations count views: a step of B views takes iteration i to i + B, so that schedules and numbers
+of settings mean the same for every B.
+
 `settings.parity` reproduces the published order and arithmetic (one view per step; density control
 before the optimiser, so that splats are not stepped when they were just replaced). Nothing here
 waits for the device except density control.
@@ -14,12 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from cap4d_core.avatar import densification, losses
+from cap4d_core.avatar.compiled import Compiler, can_compile
+from cap4d_core.avatar.fit_functions import (
+    REGULARISERS,
+    head_map_function,
+    image_terms,
+    pose_function,
+    pose_with,
+    regulariser_function,
+    regulariser_inputs,
+)
 from cap4d_core.avatar.gaussians import GaussianAvatar, HeadMaps, PosedGaussians
 from cap4d_core.avatar.image_data import ImageData, Split, ViewBatch, split_views
 from cap4d_core.avatar.lpips import Lpips
+from cap4d_core.avatar.lpips_fast import FastLpips, TargetFeatures
 from cap4d_core.avatar.optimizers import NECK_EPS, RowAdam, batch_betas, make_adam, set_rates
 from cap4d_core.avatar.renderer import RenderOutput, render_gaussians
-from cap4d_core.avatar.schedules import loss_weights, sh_degree_at
+from cap4d_core.avatar.schedules import is_due, loss_weights, sh_degree_at
+from cap4d_core.errors import UserError
 from cap4d_core.settings import FittingSettings
 
 LOSS_NAMES = ("lpips", "l1", "ssim", "xyz", "scale", "lap", "deform", "rot", "neck", "total")
@@ -28,6 +43,8 @@ REFERENCE_WIDTH = 512
 MAX_SCREEN_RADIUS = 20.0
 # The published test of screen sizes never fires; now that it does, 20 px would prune hair, clothes.
 FIXED_SCREEN_FACTOR = 2.0
+# Views from which compiling the step (about a minute) saves time on a GPU.
+ITERATIONS_WORTH_COMPILING = 10_000
 # Head maps of all views are kept when they fit into this many bytes.
 MAP_CACHE_BYTES = 2 * 1024**3
 
@@ -120,18 +137,29 @@ class AvatarTrainer:
         train = self.split.train or list(range(len(data)))
         order = ViewOrder(train, settings.seed, device)
         self.view_order = order.rows if view_order is None else view_order
+        self.batch_size = settings.views_per_step
         self.neck_offsets = nn.Parameter(torch.zeros(len(data), 3, device=device))
         self.adam = make_adam(avatar.splats.groups(), avatar.deformation, settings)
         self.neck_adam: RowAdam | None = None
         if not settings.static_neck:
-            factor = settings.batch_size**0.5
+            factor = self.batch_size**0.5
             self.neck_adam = RowAdam(
-                self.neck_offsets, 0.0, batch_betas(settings.batch_size), NECK_EPS / factor
+                self.neck_offsets, 0.0, batch_betas(self.batch_size), NECK_EPS / factor
             )
         self.statistics = densification.SplatStatistics.zeros(len(avatar.splats), device)
         self.background = torch.ones(3, device=device)
         self.num_splits = 0
         self._maps = self._cache_maps() if settings.static_neck else None
+        # Compiled kernels take a minute to make; the CPU renderer is the larger part there.
+        worth_it = device.type == "cuda" and settings.iterations >= ITERATIONS_WORTH_COMPILING
+        wanted = worth_it if settings.compile == "auto" else settings.compile == "on"
+        self.compiler = Compiler(wanted and not settings.parity and can_compile(device))
+        self._head_maps = self.compiler.wrap(head_map_function(avatar))
+        self._pose_maps = self.compiler.wrap(pose_function(avatar))
+        self._regularisers = self.compiler.wrap(regulariser_function(settings))
+        self._image_terms = self.compiler.wrap(image_terms, dynamic=False)
+        self._fast_lpips: FastLpips | None = None
+        self._targets: TargetFeatures | None = None
 
     @torch.no_grad()
     def _cache_maps(self) -> HeadMaps | None:
@@ -153,9 +181,13 @@ class AvatarTrainer:
         """The avatar in the expressions of some views."""
         if self._maps is not None:
             maps = self._maps.index(rows)
+        elif with_regularisers:
+            maps = HeadMaps(*self._head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck))
         else:
             maps = self.avatar.head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck)
-        return self.avatar.pose_maps(maps, with_regularisers)
+        if with_regularisers:
+            return pose_with(self._pose_maps, maps, self.avatar.splats)
+        return self.avatar.pose_maps(maps)
 
     def render(self, posed: PosedGaussians, batch: ViewBatch, sh_degree: int) -> RenderOutput:
         """Renders posed splats into the cameras of a batch."""
@@ -176,30 +208,53 @@ class AvatarTrainer:
         )
 
     def step(self, iteration: int) -> Tensor:
-        """One iteration, counted from 1; returns the weighted losses (LOSS_NAMES), detached."""
+        """One step up to an iteration, which counts views: the first one is `batch_size`.
+
+        Returns:
+            The weighted losses (LOSS_NAMES), detached.
+        """
         settings = self.settings
         set_rates(iteration, settings, self.adam, self.neck_adam)
         self.avatar.active_sh_degree = sh_degree_at(iteration, settings)
-        rows = self.view_order(iteration - 1, settings.batch_size)
-        batch = self.data.batch(rows)
-        neck = None if settings.static_neck else self.neck_offsets.index_select(0, rows)
-        posed = self.pose(rows, True, neck)
-        output = self.render(posed, batch, self.avatar.active_sh_degree)
-        densifying = iteration < settings.densify_until
-        if densifying:
-            output.means2d.retain_grad()
-        visible, radii = screen_radii(output.radii, settings.parity)
-        terms = self.losses(iteration, posed, output.image, batch, visible, neck)
-        terms["total"].backward()
+        rows = self.view_order(iteration // self.batch_size - 1, self.batch_size)
+        try:
+            posed, output, terms = self._backward(iteration, rows)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # compilers fail in many ways
+            if not self.compiler.enabled:
+                raise
+            self.compiler.disable(error)
+            self._drop_gradients()
+            posed, output, terms = self._backward(iteration, rows)
         if not settings.parity:
             self._optimise(rows)
-        if densifying:
+        if iteration < settings.densify_until:
+            visible, radii = screen_radii(output.radii, settings.parity)
             self._control_density(iteration, posed, output.means2d, radii, visible)
         if settings.parity and iteration < settings.iterations:
             self._optimise(rows)
+        self._drop_gradients()
+        return torch.stack([terms[name].detach() for name in LOSS_NAMES])
+
+    def _backward(
+        self, iteration: int, rows: Tensor
+    ) -> tuple[PosedGaussians, RenderOutput, dict[str, Tensor]]:
+        """Leaves the gradients of a batch in the parameters."""
+        batch = self.data.batch(rows)
+        neck = None if self.settings.static_neck else self.neck_offsets.index_select(0, rows)
+        posed = self.pose(rows, True, neck)
+        output = self.render(posed, batch, self.avatar.active_sh_degree)
+        if iteration < self.settings.densify_until:
+            output.means2d.retain_grad()
+        visible, _ = screen_radii(output.radii, self.settings.parity)
+        terms = self.losses(iteration, posed, output.image, batch, visible, neck)
+        terms["total"].backward()
+        return posed, output, terms
+
+    def _drop_gradients(self) -> None:
         self.adam.zero_grad(set_to_none=True)
         self.neck_offsets.grad = None
-        return torch.stack([terms[name].detach() for name in LOSS_NAMES])
 
     def _optimise(self, rows: Tensor) -> None:
         self.adam.step()
@@ -216,42 +271,36 @@ class AvatarTrainer:
         neck: Tensor | None,
     ) -> dict[str, Tensor]:
         """Weighted loss terms by LOSS_NAMES; switched-off terms are zero."""
-        s, splats = self.settings, self.avatar.splats
+        s = self.settings
         weights = loss_weights(iteration, s, self.lpips is not None)
-        have = image.permute(0, 3, 1, 2) * batch.mask
-        want = batch.image * batch.mask
-        zero = have.new_zeros(())
-        terms = dict.fromkeys(LOSS_NAMES, zero)
-        terms["l1"] = weights.l1 * losses.l1_loss(have, want)
-        terms["ssim"] = weights.ssim * (1 - losses.ssim(have, want, separable=not s.parity))
-        if self.lpips is not None and weights.lpips > 0:
-            terms["lpips"] = weights.lpips * self.lpips(have, want).mean()
-        if s.lambda_xyz > 0:
-            if s.metric_xyz:
-                value = losses.metric_position_loss(
-                    splats.xyz, posed.face_scale, visible, s.threshold_xyz
-                )
-            else:
-                value = losses.position_loss(splats.xyz, visible, s.threshold_xyz)
-            terms["xyz"] = s.lambda_xyz * value
-        if s.lambda_scale > 0:
-            scales = posed.scales if s.metric_scale else splats.scaling.exp()
-            terms["scale"] = s.lambda_scale * losses.scale_loss(scales, visible, s.threshold_scale)
-        if s.lambda_laplacian > 0:
-            terms["lap"] = s.lambda_laplacian * losses.laplacian_loss(posed.mesh.deformation)
-        assert posed.means_neutral is not None and posed.frames_neutral is not None
-        if s.lambda_relative_deform > 0:
-            value = losses.relative_deformation_loss(posed.means, posed.means_neutral)
-            terms["deform"] = s.lambda_relative_deform * value
-        if s.lambda_relative_rot > 0:
-            value = losses.relative_rotation_loss(
-                posed.frames.rotation, posed.frames_neutral.rotation
-            )
-            terms["rot"] = s.lambda_relative_rot * value
+        lpips, kept = self._perceptual(batch) if weights.lpips > 0 else (None, [])
+        l1, dssim, distance = self._image_terms(
+            image, batch.image, batch.mask, lpips, kept, not s.parity
+        ).unbind()
+        terms = dict.fromkeys(LOSS_NAMES, image.new_zeros(()))
+        terms |= {"l1": weights.l1 * l1, "ssim": weights.ssim * dssim}
+        if lpips is not None:
+            terms["lpips"] = weights.lpips * distance
+        inputs = regulariser_inputs(self.avatar.splats, posed, visible)
+        terms |= dict(zip(REGULARISERS, self._regularisers(inputs).unbind(), strict=True))
         if neck is not None and s.lambda_neck > 0:
             terms["neck"] = s.lambda_neck * losses.neck_loss(neck)
         terms["total"] = torch.stack([terms[name] for name in LOSS_NAMES[:-1]]).sum()
         return terms
+
+    def _perceptual(self, batch: ViewBatch) -> tuple[Lpips | FastLpips | None, list[Tensor]]:
+        """The perceptual distance to use, and what it keeps of the targets of a batch."""
+        if self.lpips is None or self.settings.parity or self.device.type != "cuda":
+            return self.lpips, []
+        if self._fast_lpips is None:
+            self._fast_lpips = FastLpips(self.lpips)
+            self._targets = TargetFeatures(self._fast_lpips, self._masked_target, len(self.data))
+        assert self._targets is not None
+        return self._fast_lpips, self._targets.of(batch.rows)
+
+    def _masked_target(self, rows: Tensor) -> Tensor:
+        batch = self.data.batch(rows)
+        return batch.image * batch.mask
 
     @torch.no_grad()
     def _control_density(
@@ -266,7 +315,8 @@ class AvatarTrainer:
         assert means2d.grad is not None
         # The loss is a mean over the batch; the criterion is about single views.
         self.statistics.add(means2d.grad * len(radii), radii, visible)
-        if iteration > s.densify_from and iteration % s.densification_interval == 0:
+        count = self.batch_size
+        if iteration > s.densify_from and is_due(iteration, s.densification_interval, count):
             relative_width = self.data.size[1] / REFERENCE_WIDTH
             limit = MAX_SCREEN_RADIUS
             threshold = s.densify_grad_threshold
@@ -287,7 +337,8 @@ class AvatarTrainer:
                 parity=s.parity,
             )
             self.num_splits += 1
-        if iteration % s.opacity_reset_interval == 0 or iteration == s.densify_from:
+        first = iteration - count < s.densify_from <= iteration
+        if is_due(iteration, s.opacity_reset_interval, count) or first:
             densification.reset_opacity(self.avatar.splats, self.adam)
 
     def _noise(self) -> Callable[[int], Tensor] | None:

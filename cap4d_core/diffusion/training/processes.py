@@ -1,0 +1,34 @@
+"""Several processes that train together, one per GPU: who am I, and what all must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Group:
+    """Place of this process: rank of size."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def agree(self, value: bool, device: torch.device) -> bool:
+        """The first process's value, in all of them."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([int(value)], device=device)
+        dist.broadcast(flag, 0)
+        return bool(flag.item())
+
+    def wait(self) -> None:
+        """Returns when all are here."""
+        if self.size > 1:
+            dist.barrier()
