@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cap4d_core.config import DEMO_WEIGHTS, LPIPS_DOWNLOAD, VIDEO_SUFFIXES, Config
+from cap4d_core.config import DEMO_WEIGHTS, DOWNLOAD, LPIPS_DOWNLOAD, VIDEO_SUFFIXES, Config
 from cap4d_core.errors import UserError
 from cap4d_core.subjects import Driving
 
@@ -89,9 +89,16 @@ def check_head_model_source(config: Config) -> None:
     settings = config.settings.head_model
     if config.uses_demo_head:
         return
+    if settings.path == DOWNLOAD:
+        from cap4d_core.flame.flame_download import find_credentials
+
+        if not (Path(config.results) / "assets" / "downloads" / "flame" / "flame.npz").exists():
+            find_credentials(settings.url)
+        return
     source = Path(settings.path)
     model = find_model(source)
-    find_companions(source, model, Path(settings.companions) if settings.companions else None)
+    if settings.companions != DOWNLOAD:
+        find_companions(source, model, Path(settings.companions) if settings.companions else None)
 
 
 def check_weights(config: Config) -> None:

@@ -48,8 +48,18 @@ PATH_SETTINGS = (
 )
 # Words with a meaning of their own where a path is expected.
 PATH_WORDS = frozenset({"auto", "demo"})
-LPIPS_DOWNLOAD = "download"
-URL_SETTINGS = (("mmdm", "url"), ("mmdm", "config_url"), ("fitting", "lpips_url"))
+# Fetched by a rule; a folder of this name is written ./download.
+DOWNLOAD = LPIPS_DOWNLOAD = "download"
+DOWNLOADED_PATHS = frozenset(
+    {("head_model", "path"), ("head_model", "companions"), ("fitting", "lpips_weights")}
+)
+URL_SETTINGS = (
+    ("mmdm", "url"),
+    ("mmdm", "config_url"),
+    ("fitting", "lpips_url"),
+    ("head_model", "url"),
+    ("head_model", "companions_url"),
+)
 # Light copy of the rule of `cap4d_core.download`, which each job would have to import otherwise.
 _DOWNLOADABLE = re.compile(r"https://[^/\s]+/\S+|http://(localhost|127\.[\d.]+|\[::1\])(:\d+)?/\S+")
 DEFAULT_HEAD_MODEL = "assets/flame"
@@ -302,7 +312,7 @@ def _resolve_settings(file: ConfigFile, base: Path) -> tuple[SubjectSettings, li
         text = values[section][key]
         if text is None or text in PATH_WORDS:
             continue
-        if key == "lpips_weights" and text == LPIPS_DOWNLOAD:
+        if (section, key) in DOWNLOADED_PATHS and text == DOWNLOAD:
             continue
         try:
             values[section][key] = resolve_path(text, base)
@@ -392,6 +402,9 @@ def _choose_assets(
     head_model, weights = settings.head_model.path, settings.mmdm.path
     if head_model == "auto":
         head_model = "demo" if is_demo else os.path.normpath(base / DEFAULT_HEAD_MODEL)
+    companions = settings.head_model.companions
+    if head_model == DOWNLOAD and companions is None:
+        companions = DOWNLOAD  # nothing lies beside a downloaded model
     if weights == "auto" and settings.mmdm.url is not None:
         weights = None
     elif weights == "auto":
@@ -400,7 +413,9 @@ def _choose_assets(
         weights = str(DEMO_WEIGHTS)
     return settings.model_copy(
         update={
-            "head_model": settings.head_model.model_copy(update={"path": head_model}),
+            "head_model": settings.head_model.model_copy(
+                update={"path": head_model, "companions": companions}
+            ),
             "mmdm": settings.mmdm.model_copy(update={"path": weights}),
         }
     )
@@ -435,8 +450,13 @@ def _settings_problems(settings: SubjectSettings, samples: bool) -> list[str]:
         )
     if mmdm.config_url is not None and mmdm.url is None:
         problems.append("mmdm.config_url: belongs to mmdm.url, which is not set")
-    if mmdm.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", mmdm.sha256.strip()):
-        problems.append(f"mmdm.sha256: must have 64 hexadecimal digits (value {mmdm.sha256!r})")
+    hashes: dict[str, str | None] = {"mmdm.sha256": mmdm.sha256}
+    hashes |= {"head_model.sha256": settings.head_model.sha256}
+    for name, digest in (settings.head_model.companions_sha256 or {}).items():
+        hashes[f"head_model.companions_sha256.{name}"] = digest
+    for key, value in hashes.items():
+        if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value.strip()):
+            problems.append(f"{key}: must have 64 hexadecimal digits (value {value!r})")
     for section, key in URL_SETTINGS:
         url = getattr(getattr(settings, section), key)
         if url is not None and not _DOWNLOADABLE.fullmatch(url):

@@ -39,6 +39,22 @@ TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_WAIT_S = 60.0
 
 
+class NotFoundError(UserError):
+    """There is no such file at the address."""
+
+
+class AccessDeniedError(UserError):
+    """The server wants a login, or the account may not have the file."""
+
+
+class WebPageError(UserError):
+    """A web page came instead of a file; `text` is its beginning."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 class _TransientError(Exception):
     """A failure that another attempt may not meet."""
 
@@ -89,6 +105,8 @@ def download(
     timeout_s: float = 30.0,
     backoff_s: float = 1.0,
     chunk_bytes: int = 1 << 20,
+    form: Mapping[str, str] | None = None,
+    is_self_checking: bool = False,
     tls_context: ssl.SSLContext | None = None,
     callback: ProgressCallback | None = None,
     sleep: Callable[[float], None] = time.sleep,
@@ -104,6 +122,10 @@ def download(
         timeout_s: of connecting and of each read.
         backoff_s: wait before the second attempt; doubles up to a minute.
         chunk_bytes: size of one read.
+        form: fields to POST (a login); they are sent to this address only, not to where it may
+            redirect, and written nowhere.
+        is_self_checking: the format itself tells damage (a zip does) and the caller looks, so an
+            interrupted download may be continued although nothing identifies the version.
         tls_context: for servers with a private certificate authority; default: the system's.
         callback: progress in megabytes, when the server tells the size.
         sleep: waits between attempts.
@@ -126,11 +148,12 @@ def download(
     opener = _opener(url, tls_context)
     _require_space(destination, 0)
     part = _Part(destination.with_name(destination.name + ".part"))
+    request = _Request(url, form, expected is not None or is_self_checking)
     failures = 0
     while True:
         before = part.size
         try:
-            _fetch(opener, url, part, expected is not None, timeout_s, chunk_bytes, callback)
+            _fetch(opener, request, part, timeout_s, chunk_bytes, callback)
             break
         except _TransientError as error:
             failures = 0 if part.size > before else failures + 1
@@ -156,27 +179,41 @@ def download(
     return destination
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What to ask for. is_checked: wrong pieces put together would be noticed."""
+
+    url: str
+    form: Mapping[str, str] | None
+    is_checked: bool
+
+    def __repr__(self) -> str:
+        return f"_Request({self.url!r})"  # the form may hold a password
+
+
 def _fetch(
     opener: urllib.request.OpenerDirector,
-    url: str,
+    request: _Request,
     part: _Part,
-    has_hash: bool,
     timeout_s: float,
     chunk_bytes: int,
     callback: ProgressCallback | None,
 ) -> None:
     """One attempt; returns when the part file is complete."""
+    url = request.url
     headers = {"User-Agent": f"cap4d-pipeline/{__version__}", "Accept-Encoding": "identity"}
     start = part.size
     if start:
         validator = part.validator(url)
         if validator:
             headers["If-Range"] = validator
-        # Without validator only a hash can tell whether the pieces belong together.
-        if validator or (has_hash and part.note.exists()):
+        # Without validator only the content can tell whether the pieces belong together.
+        if validator or (request.is_checked and part.note.exists()):
             headers["Range"] = f"bytes={start}-"
+    data = None if request.form is None else urllib.parse.urlencode(request.form).encode()
     try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+        sent = urllib.request.Request(url, data, headers)
+        response = opener.open(sent, timeout=timeout_s)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and "Range" in headers:
@@ -224,9 +261,10 @@ def _accept(response: Any, url: str, part: _Part, start: int) -> int | None:
     if headers.get("Content-Encoding", "identity") != "identity":
         raise UserError(f"{url}: the server compresses the file; its bytes cannot be verified.")
     if headers.get_content_type() == "text/html" and part.path.suffixes[-2:-1] != [".html"]:
-        raise UserError(
+        raise WebPageError(
             f"{url}: the server answered with a web page instead of a file (a login or licence "
-            "page?). Fetch the file in a browser and give its path in config.yaml."
+            "page?). Fetch the file in a browser and give its path in config.yaml.",
+            _read(response, 1 << 16).decode("utf-8", errors="replace"),
         )
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
@@ -248,9 +286,9 @@ def _status_error(url: str, error: urllib.error.HTTPError) -> Exception:
         after = error.headers.get("Retry-After", "") if error.headers else ""
         return _TransientError(reason, float(after) if after.isdigit() else 0.0)
     if error.code in (404, 410):
-        return UserError(f"{url}: not found ({reason}). Check the address in config.yaml.")
+        return NotFoundError(f"{url}: not found ({reason}). Check the address in config.yaml.")
     if error.code in (401, 403):
-        return UserError(
+        return AccessDeniedError(
             f"{url}: access denied ({reason}). The file may need a login or an accepted licence; "
             "fetch it in a browser and give its path in config.yaml."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 # An installed copy must not win over this checkout.
 sys.path.insert(0, str(Path(workflow.basedir)))
 
-from cap4d_core.config import LPIPS_DOWNLOAD, load_config
+from cap4d_core.config import DOWNLOAD, LPIPS_DOWNLOAD, load_config
 from cap4d_core.slurm import cancel_stale_jobs
 from cap4d_core.versions import STAGE_VERSIONS
 
@@ -107,10 +107,15 @@ def drivings_of(subject):
 def head_model_source(wildcards):
     if CONFIG.uses_demo_head:
         return rules.make_demo_head.output.folder
+    if CONFIG.settings.head_model.path == DOWNLOAD:
+        return rules.download_flame.output.model
     return CONFIG.settings.head_model.path
 
 
 def head_model_companions(wildcards):
+    """Their folder, or the record of their download, which lies in it."""
+    if CONFIG.settings.head_model.companions == DOWNLOAD:
+        return rules.download_companions.output.record
     return CONFIG.settings.head_model.companions or []
 
 

@@ -3,6 +3,57 @@
 
 # Local rules: the nodes of a cluster often have no way out. What arrives is kept beside the declared
 # output, which Snakemake deletes before a job, so that an interrupted download goes on.
+# Credentials come from the environment or netrc of the process itself: params are written to files.
+rule download_flame:
+    output:
+        model="<results>/assets/downloads/flame/flame.npz",
+    log:
+        text="<logs>/download_flame.log",
+    benchmark:
+        "<benchmarks>/download_flame.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=120,
+    params:
+        version=STAGE_VERSIONS["download_flame"],
+        url=CONFIG.settings.head_model.url,
+        sha256=CONFIG.settings.head_model.sha256,
+        retries=5,
+    message:
+        "Downloading the FLAME head model"
+    script:
+        "../workflow_scripts/download_flame.py"
+
+
+rule download_companions:
+    output:
+        record="<results>/assets/downloads/companions/download.json",
+    log:
+        text="<logs>/download_companions.log",
+    benchmark:
+        "<benchmarks>/download_companions.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["download_companions"],
+        url=CONFIG.settings.head_model.companions_url,
+        sha256=CONFIG.settings.head_model.companions_sha256,
+        retries=5,
+    message:
+        "Downloading the companion files of the head model"
+    script:
+        "../workflow_scripts/download_companions.py"
+
+
 rule download_mmdm:
     output:
         record="<results>/assets/downloads/mmdm/download.json",

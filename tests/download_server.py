@@ -26,6 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
     headers: dict[str, str]
     seen: list[dict[str, str]]
     files: dict[str, bytes]
+    strict = False  # 404 for what is not in `files`
 
     @property
     def url(self) -> str:
@@ -48,6 +49,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if server.strict and self.path not in server.files:
+            self.send_error(404)
             return
         content, start = server.files.get(self.path, server.content), 0
         wanted = self.headers.get("Range")

@@ -70,12 +70,13 @@ _SUBFOLDERS = (
 )  # fmt: skip
 _WHERE_MODEL = (
     "Download FLAME 2023 (the version without jaw rotation) after registering at "
-    "https://flame.is.tue.mpg.de and put flame2023_no_jaw.pkl there."
+    "https://flame.is.tue.mpg.de and put flame2023_no_jaw.pkl there, or set head_model.path: "
+    "download."
 )
 _WHERE_COMPANIONS = (
     "They are in data/assets/ of the public CAP4D repository (CC BY-NC 4.0); put them beside the "
-    "model or name their folder in head_model.companions. The setting head_model.path: demo builds "
-    "a procedural head that needs no download."
+    "model, name their folder in head_model.companions, or set head_model.companions: download. "
+    "The setting head_model.path: demo builds a procedural head that needs no download."
 )
 
 
