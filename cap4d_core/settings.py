@@ -190,8 +190,17 @@ class SamplingSettings(StrictModel):
 class FittingSettings(StrictModel):
     """Gaussian avatar fitting (rule fit_avatar)."""
 
-    iterations: int = Field(100_000, ge=1, description="Optimisation steps.")
-    batch_size: int = Field(1, ge=1, description="Views per step; learning rates follow sqrt(B).")
+    iterations: int = Field(
+        100_000,
+        ge=1,
+        description="Training views seen; a step takes batch_size of them. All schedules count so.",
+    )
+    batch_size: int = Field(
+        1, ge=1, description="Views per step (parity: 1); learning rates follow sqrt(B)."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="Compile the training step; 'auto' = on GPUs, in fits long enough."
+    )
     use_generated_views: bool = Field(
         True, description="Fit on generated views too; false = reference images only."
     )
@@ -205,7 +214,7 @@ class FittingSettings(StrictModel):
     min_gaussians_per_face: int = Field(2, ge=1, description="At least this many on every face.")
     use_lower_jaw: bool = Field(True, description="Lower half of the mouth interior.")
     sh_degree: int = Field(3, ge=0, le=3, description="Spherical harmonics degree of the colours.")
-    sh_warmup: int = Field(1_000, ge=1, description="Steps between increases of the active degree.")
+    sh_warmup: int = Field(1_000, ge=1, description="Views between increases of the active degree.")
     deform_net_channels: int = Field(64, ge=4, description="Width of the deformation U-Net.")
     deform_net_layers: int = Field(6, ge=2, description="Down-samplings of the deformation U-Net.")
     static_neck: bool = Field(False, description="No learned per-frame neck rotation.")
@@ -261,7 +270,7 @@ class FittingSettings(StrictModel):
     lambda_relative_deform: float = Field(0.4, ge=0)
     lambda_relative_rot: float = Field(0.005, ge=0)
     lambda_neck: float = Field(1.0, ge=0)
-    evaluate_every: int = Field(10_000, ge=1, description="Steps between evaluations and previews.")
+    evaluate_every: int = Field(10_000, ge=1, description="Views between evaluations and previews.")
     checkpoint_every_s: float = Field(
         120.0, gt=0, description="Seconds between checkpoints; a killed fit resumes from the last."
     )
@@ -272,6 +281,11 @@ class FittingSettings(StrictModel):
     parity: bool = Field(
         False, description="Reproduce the published arithmetic, defects included (docs/parity.md)."
     )
+
+    @property
+    def views_per_step(self) -> int:
+        """B; the published arithmetic knows steps of one view only."""
+        return 1 if self.parity else self.batch_size
 
 
 class AnimationSettings(StrictModel):
@@ -370,6 +384,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "sampling": {"num_inference_steps": 10, "num_views": 28, "num_shards": 1},
         "fitting": {
             "iterations": 1_000,
+            "batch_size": 8,
             "sh_warmup": 100,
             "densify_from": 80,
             "densify_until": 700,
@@ -384,6 +399,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "sampling": {"num_inference_steps": 50, "num_views": 210},
         "fitting": {
             "iterations": 25_000,
+            "batch_size": 8,
             "sh_warmup": 500,
             "densify_from": 2_000,
             "densify_until": 24_000,
@@ -398,6 +414,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "sampling": {"num_inference_steps": 50, "num_views": 420},
         "fitting": {
             "iterations": 50_000,
+            "batch_size": 8,
             "sh_warmup": 1_000,
             "densify_from": 4_000,
             "densify_until": 40_000,
@@ -408,6 +425,6 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
             "num_gaussians_init": 50_000,
         },
     },
-    "default": {},
-    "high": {},
+    "default": {"fitting": {"batch_size": 8}},
+    "high": {"fitting": {"batch_size": 8}},
 }
