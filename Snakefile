@@ -63,4 +63,4 @@ rule evaluate_all:
 
 
 onstart:
-    cancel_stale_slurm_jobs()
+    claim_results(RESULTS, log)

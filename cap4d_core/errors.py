@@ -43,3 +43,7 @@ class NoGpuError(UserError):
 
 class DivergedError(UserError):
     """An optimisation produced NaN or exploded; the last good checkpoint is kept."""
+
+
+class DeadlineError(UserError):
+    """The job's time limit is near; long stages write a checkpoint before they pass this on."""

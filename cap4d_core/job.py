@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -22,21 +23,26 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cap4d_core import __version__
+from cap4d_core.deadline import describe_limit, stop_before_limit
 from cap4d_core.errors import NoGpuError, UserError
 from cap4d_core.gpu import DEVICE_VARIABLE, lease_for_job
-from cap4d_core.progress import ProgressLogger, format_duration
+from cap4d_core.job_environment import package_versions, prepare_environment
+from cap4d_core.job_errors import machine_advice
+from cap4d_core.locks import FileLock, wait_for_lock
+from cap4d_core.progress import ProgressCallback, ProgressLogger, format_duration
 
 logger = logging.getLogger("cap4d")
 
 JOB_FILE_FORMAT = 1
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"
+# The devices as the scheduler assigned them, before any of them is leased or hidden.
+_SCHEDULER_VARIABLES = (
+    "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME", "SLURM_STEP_GPUS",
+    "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 Files = dict[str, list[str]]
@@ -54,6 +60,7 @@ class Job:
     log: str | None = None
     threads: int = 1
     num_gpus: int = 0
+    runtime_min: float | None = None
 
     def input_file(self, name: str) -> Path:
         """The one input of this name."""
@@ -90,10 +97,18 @@ class Job:
             logger.warning("%s: running on the CPU", message)
         return "cpu"
 
-    def progress(self, unit_of_work: str) -> ProgressLogger:
-        """A progress callback that writes to the log."""
+    def progress(self, unit_of_work: str) -> ProgressCallback:
+        """A progress callback that writes to the log, and ends the job before its time limit.
+
+        Calling it raises `DeadlineError` then.
+        """
         name = " ".join([*self.wildcards.values(), unit_of_work])
-        return ProgressLogger(name)
+        return stop_before_limit(ProgressLogger(name), self.runtime_min)
+
+    def files(self) -> list[str]:
+        """All files that the job writes."""
+        outputs = [path for paths in self.output.values() for path in paths]
+        return [*outputs, *([self.log] if self.log else [])]
 
     def below(self, folder: Path) -> Job:
         """The same job with its outputs below `folder`."""
@@ -119,11 +134,14 @@ def run(main: Callable[[Job], None], snakemake: Any = None) -> None:
     """
     if snakemake is not None:
         job = job_from_snakemake(snakemake)
-        if job.log:
-            redirect_output(job.log)
-            write_job_file(job_file_path(job.log), job)
-    else:
-        job = _job_from_command_line()
+        with _sole_writer(job):
+            if job.log:
+                redirect_output(job.log)
+                write_job_file(job_file_path(job.log), job)
+            configure_logging()
+            remove_unfinished(job)
+            sys.exit(execute(main, job))
+    job = replace(_job_from_command_line(), runtime_min=None)  # nobody limits it
     configure_logging()
     sys.exit(execute(main, job))
 
@@ -131,9 +149,9 @@ def run(main: Callable[[Job], None], snakemake: Any = None) -> None:
 def execute(main: Callable[[Job], None], job: Job) -> int:
     """Runs `main(job)`; returns the exit code."""
     start = time.monotonic()
-    _log_header(job)
-    _prepare_environment(job)
+    prepare_environment(job.threads)
     try:
+        _log_header(job)
         with _logged_termination():
             lease_for_job(job.num_gpus)
             main(job)
@@ -144,8 +162,10 @@ def execute(main: Callable[[Job], None], job: Job) -> int:
         logger.error("interrupted")
         return 130
     except Exception as error:
-        if _is_out_of_memory(error):
-            logger.error("%s\n%s", error, _out_of_memory_advice(job))
+        advice = machine_advice(error, job.rule, job.params.get("settings", {}), job.files())
+        if advice:
+            logger.error("%s\n%s", error, advice)
+            _tell_console(f"{job.rule}: {advice}")  # the log may be on the full disk
         else:
             logger.exception("%s failed", job.rule)
         return 1
@@ -164,7 +184,13 @@ def job_from_snakemake(snakemake: Any) -> Job:
         log=str(snakemake.log[0]) if len(snakemake.log) else None,
         threads=int(snakemake.threads),
         num_gpus=int(snakemake.resources.get("gpu", 0)),
+        runtime_min=_number(snakemake.resources.get("runtime")),
     )
+
+
+def _number(value: Any) -> float | None:
+    """A resource that is known; in places Snakemake has a text for one that is not yet."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _named_files(files: Any) -> Files:
@@ -228,6 +254,44 @@ def _job_from_command_line() -> Job:
     return job if arguments.in_place else job.below(Path(arguments.debug_dir))
 
 
+@contextlib.contextmanager
+def _sole_writer(job: Job) -> Iterator[None]:
+    """Waits for a process that still does the same job.
+
+    A Snakemake that was killed leaves its jobs running, and a cluster may start a job anew whose
+    node only lost its network: two writers would spoil each other's files.
+    """
+    lock: FileLock | None = None
+    if job.log:
+        # A file that cannot be made (full disk) is not why a job fails: it will say so itself.
+        with contextlib.suppress(OSError):
+            lock = wait_for_lock(Path(job.log).with_suffix(".lock"), _tell_console)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def remove_unfinished(job: Job) -> None:
+    """Removes what killed attempts at this job left: files that never got their final name."""
+    for path in map(Path, job.files()):
+        for left in path.parent.glob(f"{glob.escape(path.stem)}.tmp-*{glob.escape(path.suffix)}"):
+            logger.info("removing %s of an earlier attempt", left)
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _tell_console(message: str) -> None:
+    """One line to where Snakemake's own messages go."""
+    with contextlib.suppress(OSError):
+        os.write(_console if _console is not None else 2, f"{message}\n".encode())
+
+
+# Standard error as it was before `redirect_output`.
+_console: int | None = None
+
+
 def redirect_output(log: str | Path) -> None:
     """Sends everything this process and its children print to `log`.
 
@@ -237,6 +301,8 @@ def redirect_output(log: str | Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    global _console
+    _console = os.dup(2)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
@@ -267,48 +333,10 @@ def _log_header(job: Job) -> None:
         os.getpid(),
         job.threads,
     )
-    slurm = {key: os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-             if key in os.environ}  # fmt: skip
-    if slurm:
-        logger.info("SLURM: %s", ", ".join(f"{key} {value}" for key, value in slurm.items()))
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers; without importing it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"cap4d_core": __version__, "Python": platform.python_version()}
-    for package in ("torch", "numpy", "numba", "diffusers", "gsplat"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _prepare_environment(job: Job) -> None:
-    """Thread counts and caches; before torch and numba are imported."""
-    for variable in _THREAD_VARIABLES:
-        os.environ[variable] = str(job.threads)
-    # Threads that wait sleep: spinning makes jobs many times slower where cores are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    # Less fragmentation where one process holds network and images of changing size.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    set_numba_cache(os.environ)
-
-
-def set_numba_cache(environment: Any, package: Path = Path(__file__).parent) -> None:
-    """Sends numba's compiled loops to a folder of the user when the package may not be written."""
-    if "NUMBA_CACHE_DIR" in environment or os.access(package, os.W_OK):
-        return
-    for root in (environment.get("XDG_CACHE_HOME"), "~/.cache", f"/tmp/cap4d-{os.getuid()}"):
-        if not root:
-            continue
-        folder = Path(root).expanduser() / "cap4d" / "numba"
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                environment["NUMBA_CACHE_DIR"] = str(folder)
-                return
+    if "SLURM_JOB_ID" in os.environ:
+        scheduler = [f"{n} {os.environ[n]}" for n in _SCHEDULER_VARIABLES if n in os.environ]
+        limit = [describe_limit(job.runtime_min)] if job.runtime_min is not None else []
+        logger.info("SLURM: %s", ", ".join(scheduler + limit))
 
 
 @contextlib.contextmanager
@@ -328,28 +356,3 @@ def _logged_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, MemoryError)
-
-
-def _out_of_memory_advice(job: Job) -> str:
-    settings: Mapping[str, Any] = job.params.get("settings", {})
-    advice = {
-        "encode_references": "set sampling.low_memory: true",
-        "sample_views": "set sampling.low_memory: true, or lower sampling.views_per_call",
-        "decode_views": "set sampling.low_memory: true",
-        "fit_avatar": "lower fitting.batch_size "
-        f"(now {settings.get('batch_size', 'default')}) or fitting.num_gaussians_init "
-        f"(now {settings.get('num_gaussians_init', 'default')})",
-        "animate_avatar": "lower animation.frame_batch "
-        f"(now {settings.get('frame_batch', 'default')}) or animation.resolution",
-    }.get(job.rule, "lower the resolution")
-    return (
-        f"Out of memory in {job.rule}: {advice}; or run on a device with more memory. A job that "
-        "keeps checkpoints goes on from the last one."
-    )

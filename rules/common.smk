@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir)))
 
 from cap4d_core.config import DOWNLOAD, LPIPS_DOWNLOAD, load_config
-from cap4d_core.slurm import cancel_stale_jobs
+from cap4d_core.run_guard import claim_results
 from cap4d_core.versions import STAGE_VERSIONS
 
 CONFIG_FILE = (workflow.overwrite_configfiles or ["config.yaml"])[-1]
@@ -236,13 +236,3 @@ def lpips_weights(wildcards):
     if CONFIG.settings.fitting.lpips_weights == LPIPS_DOWNLOAD:
         return rules.download_lpips.output.weights
     return CONFIG.settings.fitting.lpips_weights or []
-
-
-def cancel_stale_slurm_jobs():
-    """A master that was killed leaves its jobs running; two writers of one file would clash."""
-    cancelled = cancel_stale_jobs(Path.cwd())
-    if cancelled:
-        print(
-            f"Cancelled SLURM jobs of an earlier run here: {' '.join(cancelled)}",
-            file=sys.stderr,
-        )

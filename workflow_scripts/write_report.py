@@ -1,6 +1,7 @@
 """Rule write_report: one page with all subjects, animations and figures."""
 
-from cap4d_core.job import Job, package_versions, run
+from cap4d_core.job import Job, run
+from cap4d_core.job_environment import package_versions
 
 
 def main(job: Job) -> None:

@@ -36,7 +36,7 @@ from cap4d_core.diffusion.sampler import SamplingProgress, sample_stochastic_io
 from cap4d_core.diffusion.sampling_checkpoint import SamplingCheckpoint, fingerprint
 from cap4d_core.diffusion.step_grid import ddim_step_count
 from cap4d_core.diffusion.view_plan_file import ViewPlan, read_plan
-from cap4d_core.errors import InputFileError, UserError
+from cap4d_core.errors import DeadlineError, InputFileError, UserError
 from cap4d_core.files.basic import (
     read_safetensors,
     require_file,
@@ -102,6 +102,7 @@ def sample_views(
     Raises:
         UserError: inputs or settings that do not fit each other.
         DivergedError: NaN.
+        DeadlineError: from `callback`; what was done is in the checkpoint.
     """
     output, device = Path(output), torch.device(device)
     plan = read_plan(plan_file)
@@ -183,7 +184,12 @@ def sample_views(
         if finished == stop or (every and finished % every == 0):
             write_image(preview, _preview(model, progress.predicted_clean, settings))
         if callback is not None:
-            callback(progress)
+            try:
+                callback(progress)
+            except DeadlineError:
+                if finished < stop:  # else the shard is complete
+                    checkpoint.save(progress.step, progress.latents)
+                    raise
 
     with torch.no_grad(), matmul_precision(precision):
         final = sample_stochastic_io(

@@ -66,11 +66,15 @@ class SamplingCheckpoint:
     def save_if_due(self, finished_step: int, latents: Tensor) -> None:
         """Writes the latents after `finished_step` when that step is due."""
         if (finished_step + 1) % self.every_steps == 0:
-            write_safetensors(
-                self.path,
-                {"latents": latents},
-                {"fingerprint": self.fingerprint, "next_step": str(finished_step + 1)},
-            )
+            self.save(finished_step, latents)
+
+    def save(self, finished_step: int, latents: Tensor) -> None:
+        """Writes the latents after `finished_step`."""
+        write_safetensors(
+            self.path,
+            {"latents": latents},
+            {"fingerprint": self.fingerprint, "next_step": str(finished_step + 1)},
+        )
 
     def remove(self) -> None:
         """Deletes the file, after success, and what a job killed while writing left of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from cap4d_core import job as job_module
 from cap4d_core.errors import UserError
 from cap4d_core.gpu import DEVICE_VARIABLE
 from cap4d_core.job import (
@@ -24,9 +24,11 @@ from cap4d_core.job import (
     job_file_path,
     job_from_snakemake,
     read_job_file,
-    set_numba_cache,
+    remove_unfinished,
     write_job_file,
 )
+from cap4d_core.job_environment import THREAD_VARIABLES, set_numba_cache
+from cap4d_core.locks import try_lock
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +63,7 @@ def example(tmp_path: Path, **changes: Any) -> Job:
 @pytest.fixture(autouse=True)
 def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Running a job changes thread counts and hides GPUs."""
-    for name in (*job_module._THREAD_VARIABLES, "CUDA_VISIBLE_DEVICES", DEVICE_VARIABLE):
+    for name in (*THREAD_VARIABLES, "CUDA_VISIBLE_DEVICES", DEVICE_VARIABLE):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setenv(DEVICE_VARIABLE, "cpu")
 
@@ -144,7 +146,7 @@ def test_threads_are_those_of_the_job(tmp_path: Path) -> None:
     seen = {}
 
     def main(job: Job) -> None:
-        seen.update({name: os.environ[name] for name in job_module._THREAD_VARIABLES})
+        seen.update({name: os.environ[name] for name in THREAD_VARIABLES})
 
     assert execute(main, example(tmp_path, threads=3)) == 0
     assert set(seen.values()) == {"3"}
@@ -236,8 +238,10 @@ def test_rerun_reports_errors(script: Path, tmp_path: Path) -> None:
     assert missing.returncode == 1 and "no job file" in missing.stderr
 
 
-def test_log_takes_everything_children_included(script: Path, tmp_path: Path) -> None:
-    under_snakemake = f"""
+def runner(script: Path, folder: Path) -> Path:
+    """A file that runs the script as Snakemake does."""
+    path = folder / "runner.py"
+    path.write_text(f"""
 import runpy, types
 class Items(dict):
     def __getitem__(self, key):
@@ -245,19 +249,21 @@ class Items(dict):
 snakemake = types.SimpleNamespace(
     rule="work", input=Items(), output=Items(text="out.txt"), params=Items(mode="work"),
     wildcards=Items(subject="ana"), log=Items(text="logs/work/ana.log"),
-    threads=1, resources=Items(),
+    threads=1, resources=Items(runtime=90),
 )
 runpy.run_path({str(script)!r}, init_globals={{"snakemake": snakemake}}, run_name="__main__")
-"""
-    runner = tmp_path / "runner.py"
-    runner.write_text(under_snakemake)
-    result = call(runner)
+""")
+    return path
+
+
+def test_log_takes_everything_children_included(script: Path, tmp_path: Path) -> None:
+    result = call(runner(script, tmp_path))
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     log = (tmp_path / "logs/work/ana.log").read_text()
     for expected in ("work subject=ana", "torch", "from python", "from a child process", "done in"):
         assert expected in log
     again = read_job_file(tmp_path / "logs/work/ana.job.json")
-    assert again.wildcards == {"subject": "ana"}
+    assert again.wildcards == {"subject": "ana"} and again.runtime_min == 90
 
 
 def test_termination_is_logged(script: Path, tmp_path: Path) -> None:
@@ -277,3 +283,53 @@ def test_termination_is_logged(script: Path, tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert "terminated by signal SIGTERM" in errors
     assert time.monotonic() - start < 20  # it slept for a minute otherwise
+
+
+def test_full_disk_is_said_with_the_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def python(job: Job) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.npz")
+
+    def library(job: Job) -> None:
+        try:
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+        except RuntimeError:
+            raise ValueError("could not save") from None
+
+    for main in (python, library):
+        caplog.clear()
+        assert execute(main, example(tmp_path)) == 1
+        assert f"The disk is full, or a quota is used up ({tmp_path}: " in caplog.text
+        assert "Traceback" not in caplog.text
+        assert "fit_avatar: The disk is full" in capfd.readouterr().err
+
+
+def test_unfinished_files_of_killed_attempts_go(tmp_path: Path) -> None:
+    job = example(tmp_path)
+    folder = job.output_file("avatar").parent
+    folder.mkdir(parents=True)
+    for name in ("avatar.tmp-12.safetensors", "avatar.safetensors", "other.tmp-3.safetensors"):
+        (folder / name).touch()
+    remove_unfinished(job)
+    assert {path.name for path in folder.iterdir()} == {
+        "avatar.safetensors", "other.tmp-3.safetensors"
+    }  # fmt: skip
+
+
+def test_same_job_waits_for_an_earlier_process(script: Path, tmp_path: Path) -> None:
+    """As after a Snakemake that was killed and whose jobs went on."""
+    lock = try_lock(tmp_path / "logs" / "work" / "ana.lock")
+    assert lock is not None
+    process = subprocess.Popen(
+        [sys.executable, str(runner(script, tmp_path))],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert f"held by process {os.getpid()} on " in process.stderr.readline()
+    assert not (tmp_path / "logs/work/ana.log").exists()
+    lock.release()
+    assert process.wait(30) == 0
+    assert "done in" in (tmp_path / "logs/work/ana.log").read_text()
+    assert not (tmp_path / "logs/work/ana.lock").exists()
