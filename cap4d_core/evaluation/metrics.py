@@ -42,6 +42,25 @@ def psnr(image: Tensor, truth: Tensor, mask: Tensor) -> float:
     return float(-10 * np.log10(max(error, SMALLEST_ERROR)))
 
 
+def psnr_of_views(images: Tensor, truths: Tensor, masks: Tensor) -> Tensor:
+    """As `psnr`, of many pictures at once, on their device.
+
+    Args:
+        images: (N, H, W, 3), 0..1.
+        truths: (N, H, W, 3), 0..1.
+        masks: (N, H, W) bool, none empty.
+
+    Returns:
+        (N,) float64 dB.
+    """
+    if images.shape != truths.shape or images.shape[:3] != masks.shape:
+        raise ValueError("images, truths and masks differ in size")
+    weight = masks[..., None].double()
+    error = ((images.double() - truths.double()).square() * weight).sum((1, 2, 3))
+    error = error / (3 * weight.sum((1, 2, 3)))
+    return -10 * torch.log10(error.clamp(min=SMALLEST_ERROR))
+
+
 def ssim(image: Tensor, truth: Tensor, mask: Tensor) -> float:
     """Structural similarity (Wang et al. 2004), mean of its map over the masked pixels.
 
