@@ -59,7 +59,7 @@ def main() -> None:
         # Needs matplotlib, which machines that measure may lack.
         from benchmarks.sharding.report import write_report
 
-        write_report(arguments.plot, arguments.docs)
+        write_report(arguments.plot, arguments.docs, arguments.pictures)
         return
     Experiment(arguments).run()
 
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches-per-call", type=int, help="default: by device")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time to spend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=Path, help="folder for a row of views per setting")
+    parser.add_argument("--pictures", type=Path, help="folder of a row of views per setting")
     parser.add_argument("--plot", type=Path, help="write docs from these results, measure nothing")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --plot writes")
     arguments = parser.parse_args()

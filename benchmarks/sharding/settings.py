@@ -50,7 +50,7 @@ class Setting:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return asdict(self)
+        return {"key": self.key, **asdict(self)}
 
 
 def solvers() -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.sharding.report import BEGIN, END, write_report
 from benchmarks.sharding.sampling import ShardedGrouping, sample
 from benchmarks.sharding.settings import Setting, planned
 from benchmarks.sharding.world import common_view_count, conditioning_of
@@ -21,6 +22,7 @@ from cap4d_core.diffusion.dealing import deal_views
 from cap4d_core.diffusion.sampling import read_shard
 from cap4d_core.diffusion.view_plan_file import read_plan
 from cap4d_core.files.basic import read_safetensors
+from cap4d_core.files.images import read_rgb
 from tests.core.sampling_fixtures import head, template, tiny_settings, world
 from tests.core.test_shards import Run
 
@@ -108,7 +110,8 @@ def test_the_command_measures_resumes_and_reports(tmp_path: Path) -> None:
 
     command = [
         sys.executable, "-c", BLOCKED, str(world().mmdm), "--json", str(results), "--seeds", "9000",
-        "--views", "6", "--steps", "10", "--references", "1", "--parts", "coupling",
+        "--views", "6", "--steps", "10", "--references", "1", "--parts", "coupling", "--pictures",
+        str(tmp_path / "rows"),
     ]  # fmt: skip
 
     def measure(*more: str) -> str:
@@ -134,3 +137,14 @@ def test_the_command_measures_resumes_and_reports(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         measure("--steps", "20")
     assert "other steps" in caught.value.stderr
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "sharding.md").write_text(f"Mine.\n{BEGIN}\nold\n{END}\nMine too.\n", "utf-8")
+    write_report(results, docs, tmp_path / "rows")
+    page = (docs / "sharding.md").read_text("utf-8")
+    assert page.startswith("Mine.\n") and page.endswith("\nMine too.\n") and "old" not in page
+    one_shard = content["settings"]["refs1_shards1_none_ddim10_guidance2"]["subjects"][0]
+    assert f"| 1 | – | {one_shard['psnr_far']:.2f} | {one_shard['gain_far']:.2f} |" in page
+    for name in ("shards", "steps", "views"):
+        assert read_rgb(docs / "images" / f"sharding_{name}.png").std() > 5
