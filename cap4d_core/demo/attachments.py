@@ -194,9 +194,16 @@ def collar(
     at = np.clip(y, -170.0, None)
     direction = np.stack([np.sin(tt), np.zeros_like(tt), np.cos(tt)], -1).reshape(-1, 3)
     origin = np.stack([np.zeros(at.size), at.ravel(), np.full(at.size, -42.0)], -1)
-    r = np.full(at.size, 130.0)
+    # Rays that are the same, or each other's mirror image, are followed once.
+    height = np.where(at > -170.0, np.arange(rows)[:, None], -1)
+    mirror = np.minimum(np.arange(cols), cols - 1 - np.arange(cols))
+    _, first, copy = np.unique(
+        (height * cols + mirror).ravel(), return_index=True, return_inverse=True
+    )
+    r = np.full(len(first), 130.0)
     for _ in range(30):
-        r -= 0.85 * (anatomy.head_distance(origin + r[:, None] * direction) - 2.2)
+        r -= 0.85 * (anatomy.head_distance(origin[first] + r[:, None] * direction[first]) - 2.2)
+    r = r[copy.ravel()]
     widen = np.clip((ss.ravel() - 0.10) / 0.90, 0, 1)
     lateral = np.abs(np.sin(tt)).ravel()
     r = r + widen**1.1 * (30.0 + 125.0 * lateral**2)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cap4d_core.demo.head import build_demo_head, head_vertex_ids
-from cap4d_core.demo.rendering import SubjectRenderer, Views
+from cap4d_core.demo.rendering import SubjectRenderer, Views, exact_products, turned
 from cap4d_core.geometry.crops import CROP_SCALE
 
 
+@torch.no_grad()
 def crop_boxes(renderer: SubjectRenderer, views: Views) -> Tensor:
     """Crop boxes (T,4) int64 x0, y0, x1, y1 of uncropped views, from the projected head vertices.
 
@@ -23,11 +24,14 @@ def crop_boxes(renderer: SubjectRenderer, views: Views) -> Tensor:
     """
     views = views.part(0, len(views.expr), renderer.device)
     head = renderer.head_model
-    posed = head(renderer.shape, views.expr, views.rot, views.tra, eye_rot=views.eye_rot).vertices
+    with exact_products(renderer.device):
+        posed = head(
+            renderer.shape, views.expr, views.rot, views.tra, eye_rot=views.eye_rot
+        ).vertices
     ids = torch.as_tensor(head_vertex_ids(build_demo_head()), device=renderer.device)
     p = posed[:, ids].double() * posed.new_tensor([1.0, -1.0, -1.0], dtype=torch.float64)
     extr = views.extr.double()
-    p = p @ extr[:, :3, :3].transpose(1, 2) + extr[:, None, :3, 3]
+    p = turned(p, extr[:, :3, :3]) + extr[:, None, :3, 3]
     focal = torch.stack([views.fx, views.fy], -1).double()[:, None]
     centre = torch.stack([views.cx, views.cy], -1).double()[:, None]
     xy = p[..., :2] / p[..., 2:] * focal + centre

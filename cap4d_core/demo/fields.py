@@ -66,7 +66,8 @@ def smoothstep(x: Array, lo: float | Array, hi: float | Array) -> Array:
 
 def bump(p: Array, centre: tuple[float, ...], radii: tuple[float, ...]) -> Array:
     """Gaussian bump (N,)."""
-    out: Array = np.exp(-(((p - np.asarray(centre)) / np.asarray(radii)) ** 2).sum(-1))
+    square = sum(((p[..., k] - centre[k]) / radii[k]) ** 2 for k in range(3))
+    out: Array = np.exp(-square)
     return out
 
 
@@ -104,8 +105,12 @@ def random_fields(
     for k in range(num):
         waves = rng.randn(4, 3) * 2 * np.pi / wavelength
         phase, a = rng.uniform(0, 2 * np.pi, 4), rng.randn(4, 3)
-        f = np.cos(p @ waves.T + phase) @ a
-        out[k] = f * (amplitude / np.sqrt((f * f).sum(1).mean()))
+        # Sums written out: threads of BLAS cost more than they bring at these sizes.
+        f = np.zeros((3, len(p)))
+        for w, shift, direction in zip(waves, phase, a, strict=True):
+            wave = np.cos(p[:, 0] * w[0] + p[:, 1] * w[1] + p[:, 2] * w[2] + shift)
+            f += direction[:, None] * wave
+        out[k] = f.T * (amplitude / np.sqrt((f * f).sum(0).mean()))
     return out
 
 

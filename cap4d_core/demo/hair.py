@@ -9,6 +9,7 @@ natural, ragged hairline.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,30 @@ def hairline(lon: Array, style: HairStyle) -> Array:
     return h
 
 
+@lru_cache(maxsize=16)
+def _rays(low: float) -> tuple[Array, Array, Array]:
+    """Origins, directions (N,3) and lengths (N,) of the rays that end on the scalp.
+
+    Args:
+        low: height of the last row.
+    """
+    lon = 2 * np.pi * np.arange(COLS) / COLS
+    lat = np.pi / 2 - (np.pi / 2 - 0.03) * np.linspace(0, 1, ROWS_CAP) ** 0.85
+    lat[0] = np.pi / 2 - 0.01
+    heights = ORIGIN[1] + np.linspace(-1.5, low - ORIGIN[1], ROWS_DROP)
+    flat = np.stack([np.sin(lon), np.zeros(COLS), np.cos(lon)], -1)
+    cap_dir = np.cos(lat)[:, None, None] * flat + np.sin(lat)[:, None, None] * np.array([0, 1.0, 0])
+    direction = np.concatenate([cap_dir, np.broadcast_to(flat, (ROWS_DROP, COLS, 3))])
+    origin = np.broadcast_to(ORIGIN, direction.shape).copy()
+    origin[ROWS_CAP:, :, 1] = heights[:, None]
+    d = np.asfortranarray(direction.reshape(-1, 3))
+    o = np.asfortranarray(origin.reshape(-1, 3))
+    r = np.full(len(d), 150.0)
+    for _ in range(26):
+        r -= 0.9 * _scalp_distance(o + r[:, None] * d)
+    return o, d, r
+
+
 def build_hair(
     style: HairStyle, color: Array, skin: Array, rng: np.random.Generator
 ) -> attachments.Attachment:
@@ -119,23 +144,11 @@ def build_hair(
         rng: strands and curls.
     """
     lon = 2 * np.pi * np.arange(COLS) / COLS
-    lat = np.pi / 2 - (np.pi / 2 - 0.03) * np.linspace(0, 1, ROWS_CAP) ** 0.85
-    lat[0] = np.pi / 2 - 0.01
-    low = -70.0 if style.drop is None else style.drop - 6.0
-    heights = ORIGIN[1] + np.linspace(-1.5, low - ORIGIN[1], ROWS_DROP)
-    flat = np.stack([np.sin(lon), np.zeros(COLS), np.cos(lon)], -1)
-    cap_dir = np.cos(lat)[:, None, None] * flat + np.sin(lat)[:, None, None] * np.array([0, 1.0, 0])
-    direction = np.concatenate([cap_dir, np.broadcast_to(flat, (ROWS_DROP, COLS, 3))])
-    origin = np.broadcast_to(ORIGIN, direction.shape).copy()
-    origin[ROWS_CAP:, :, 1] = heights[:, None]
-    d, o = direction.reshape(-1, 3), origin.reshape(-1, 3)
-    r = np.full(len(d), 150.0)
-    for _ in range(26):
-        r -= 0.9 * _scalp_distance(o + r[:, None] * d)
+    o, d, r = _rays(-70.0 if style.drop is None else style.drop - 6.0)
     p = o + r[:, None] * d
     x, y, z = p.T
-    lon_all = np.tile(lon, len(direction))
-    rows = len(direction)
+    rows = ROWS_CAP + ROWS_DROP
+    lon_all = np.tile(lon, rows)
     a = np.abs((lon_all + np.pi) % (2 * np.pi) - np.pi)
 
     strand_table, curl_phase = rng.uniform(-1, 1, 1024), rng.uniform(0, 6.28, (6, 3))
@@ -155,7 +168,8 @@ def build_hair(
     if style.curl > 0:
         k = 2 * np.pi / np.array([30.0, 21.0, 15.0])
         w = [
-            np.sin(p @ (k[i % 3] * _unit_rows(curl_phase)[i]) + curl_phase[i, 0]) for i in range(6)
+            np.sin((p * (k[i % 3] * _unit_rows(curl_phase)[i])).sum(1) + curl_phase[i, 0])
+            for i in range(6)
         ]
         curl = (w[0] * w[1] + w[2] * w[3] + 0.7 * w[4] * w[5]) / 1.6
         coarse, fine = 0.4 * coarse + 0.9 * curl, 0.5 * fine + 0.6 * w[5] * w[2]

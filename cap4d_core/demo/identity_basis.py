@@ -152,28 +152,35 @@ def shape_basis(pts: Points, seed: int) -> Array:
     f = _shape_fields(pts.p, pts)
     out = np.zeros((NUM_SHAPE, len(pts.p), 3))
     rng = np.random.RandomState(seed)
+    eyes = _eyes(pts)
     rigid = ("eye_size", "eye_slant", "size", "upper_lip", "lower_lip")
     for k, name in enumerate(SHAPE_UNITS):
-        out[k] = f[name] if name in rigid else _carry_eyes(pts, f[name])
+        out[k] = f[name] if name in rigid else _carry_eyes(eyes, f[name])
     for k in range(len(SHAPE_UNITS), NUM_SHAPE):
         j = k - len(SHAPE_UNITS)
         field = random_fields(pts.p, 1, rng, 0.55 * (1 + j) ** -0.55, max(190.0 - 0.5 * j, 70.0))[0]
-        out[k] = _carry_eyes(pts, field)
+        out[k] = _carry_eyes(eyes, field)
     return out
 
 
-def _carry_eyes(pts: Points, field: Array) -> Array:
-    """Make a field constant over each eyeball and its lids, so that they keep touching."""
-    out = field.copy()
+def _eyes(pts: Points) -> list[tuple[Array, Ints, Array]]:
+    """For each eye: its ball (V,), the vertices near its front, the reach of its lids (V,1)."""
+    out = []
     for side in (1.0, -1.0):
         q = eye_local(pts.p, side)
         ball = (~pts.skin) & (np.sign(pts.x) == side)
         front = np.linalg.norm(q - np.array([0, 0, 13.0]), axis=1)
         near = np.argsort(front, kind="stable")[:24]
+        w = 1 - smoothstep(np.linalg.norm(q / np.array([1.15, 1, 1.2]), axis=1), 15.5, 26.0)
+        out.append((ball, near, w[:, None]))
+    return out
+
+
+def _carry_eyes(eyes: list[tuple[Array, Ints, Array]], field: Array) -> Array:
+    """Make a field constant over each eyeball and its lids, so that they keep touching."""
+    out = field.copy()
+    for ball, near, w in eyes:
         value = field[near].mean(0)
-        w = (1 - smoothstep(np.linalg.norm(q / np.array([1.15, 1, 1.2]), axis=1), 15.5, 26.0))[
-            :, None
-        ]
         out = out * (1 - w) + value * w
         out[ball] = value
     return out

@@ -210,8 +210,7 @@ class SubjectRenderer:
                 v = self._carried(v, part.binding, part.weights, posed)
             v = v.expand(len(expr), -1, -1)
             if part.on_jaw is not None:
-                turned = (v - joint) @ jaw.transpose(1, 2) + joint
-                v = torch.where(part.on_jaw[None, :, None], turned, v)
+                v = torch.where(part.on_jaw[None, :, None], turned(v - joint, jaw) + joint, v)
             out.append(v)
         return torch.cat(out, 1)
 
@@ -250,8 +249,9 @@ class SubjectRenderer:
             batch: views held in memory at once.
         """
         done = []
-        for i in range(0, len(views.expr), batch):
-            done.append(self._render(views.part(i, i + batch, self.device), size, supersample))
+        with exact_products(self.device):
+            for i in range(0, len(views.expr), batch):
+                done.append(self._render(views.part(i, i + batch, self.device), size, supersample))
         return Rendering(*(torch.cat([d[k] for d in done]) for k in range(3)))
 
     def _render(
@@ -263,8 +263,8 @@ class SubjectRenderer:
         v = self.geometry(expr, views.eye_rot, views.neck_rot)
         turn = rodrigues(rot)
         flip = self._shared.flip
-        world = (v @ turn.transpose(1, 2) + tra[:, None]) * flip
-        cam = world @ extr[:, :3, :3].transpose(1, 2) + extr[:, None, :3, 3]
+        world = (turned(v, turn) + tra[:, None]) * flip
+        cam = turned(world, extr[:, :3, :3]) + extr[:, None, :3, 3]
         z = cam[..., 2]
         px = cam[..., 0] / z * fx[:, None] + cx[:, None]
         py = cam[..., 1] / z * fy[:, None] + cy[:, None]
@@ -347,6 +347,18 @@ class SubjectRenderer:
             lit = (cosine > -0.1).to(color)
             color = color + light * (albedo * diffuse + strength * fresnel * gloss * lit)
         return color
+
+
+def turned(points: Tensor, rotation: Tensor) -> Tensor:
+    """Points (T,N,3) turned by (T,3,3); written out, since trainers allow TF32 in products."""
+    x, y, z = points.unbind(-1)
+    rows = [r[:, 0, None] * x + r[:, 1, None] * y + r[:, 2, None] * z for r in rotation.unbind(1)]
+    return torch.stack(rows, -1)
+
+
+def exact_products(device: torch.device) -> torch.autocast:
+    """A context in which geometry keeps float32 inside somebody else's autocast."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _srgb(x: Tensor) -> Tensor:

@@ -26,10 +26,11 @@ from cap4d_core.demo.capture import (
     reference_fit,
     view_directions,
 )
-from cap4d_core.demo.head import build_demo_head, head_vertex_ids, write_demo_head
-from cap4d_core.demo.rendering import Rendering, SubjectRenderer, Views
+from cap4d_core.demo.family import render_fit, views_of
+from cap4d_core.demo.head import write_demo_head
+from cap4d_core.demo.rendering import SubjectRenderer
 from cap4d_core.demo.subject import make_subject
-from cap4d_core.files.image_set import ViewParameters, write_view_parameters
+from cap4d_core.files.image_set import write_view_parameters
 from cap4d_core.files.images import to_uint8, write_image
 from cap4d_core.files.tracking import (
     Tracking,
@@ -39,7 +40,6 @@ from cap4d_core.files.tracking import (
     write_trajectory,
 )
 from cap4d_core.geometry.cameras import pivot_camera, static_extrinsics
-from cap4d_core.geometry.crops import crop_box_from_points, crop_intrinsics
 from cap4d_core.geometry.rotations import rodrigues
 from cap4d_core.progress import Progress, ProgressCallback
 
@@ -55,29 +55,6 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-
-
-def _render_fit(
-    renderer: SubjectRenderer, fit: Tracking, intrinsics: Array, size: int, supersample: int
-) -> Rendering:
-    """Pictures of every frame with intrinsics (T,4) fx, fy, cx, cy."""
-
-    def t(a: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(a), dtype=torch.float32)
-
-    k = t(intrinsics)
-    views = Views(
-        expr=t(fit.expr),
-        eye_rot=t(fit.eye_rot),
-        rot=t(fit.rot),
-        tra=t(fit.tra),
-        extr=t(fit.extr[:1]).expand(fit.num_frames, 4, 4),
-        fx=k[:, 0],
-        fy=k[:, 1],
-        cx=k[:, 2],
-        cy=k[:, 3],
-    )
-    return renderer.render(views, (size, size), supersample=supersample)
 
 
 def write_demo_subject(
@@ -111,8 +88,7 @@ def write_demo_subject(
     root = Path(folder)
     fit = reference_fit(seed, num_references, resolution)
     renderer = SubjectRenderer(make_subject(seed), device)
-    k = np.tile([fit.fx[0, 0], fit.fy[0, 0], fit.cx[0, 0], fit.cy[0, 0]], (num_references, 1))
-    out = _render_fit(renderer, fit, k, resolution, supersample)
+    out = renderer.render(views_of(fit), (resolution, resolution), supersample=supersample)
     rgb, matte = out.rgb.cpu().numpy(), out.matte.cpu().numpy()
     for i in range(num_references):
         write_image(root / "images" / "cam0" / f"{i:08d}.png", to_uint8(rgb[i]))
@@ -159,50 +135,14 @@ def write_demo_held_out(
     root = Path(folder)
     fit = held_out_fit(seed, num_views, resolution)
     renderer = SubjectRenderer(make_subject(seed), device)
-    boxes = crop_boxes(renderer, fit)
-    fx, fy, cx, cy = (float(v[0, 0]) for v in (fit.fx, fit.fy, fit.cx, fit.cy))
-    k = np.array([crop_intrinsics(fx, fy, cx, cy, box, crop_size) for box in boxes])
-    out = _render_fit(renderer, fit, k, crop_size, supersample)
-    over_white = out.rgb * out.matte[..., None] + 1 - out.matte[..., None]
-    rgb, matte = over_white.cpu().numpy(), out.matte.cpu().numpy()
-    for i, box in enumerate(boxes):
-        write_image(root / "images" / f"{i:05d}.png", to_uint8(rgb[i]))
-        write_image(root / "mattes" / f"{i:05d}.png", to_uint8(matte[i]))
-        view = ViewParameters(
-            shape=fit.shape,
-            expr=fit.expr[i],
-            rot=fit.rot[i],
-            tra=fit.tra[i],
-            eye_rot=fit.eye_rot[i],
-            fx=fx,
-            fy=fy,
-            cx=cx,
-            cy=cy,
-            extr=fit.extr[0],
-            resolution=(resolution, resolution),
-            crop_box=box,
-        )
-        write_view_parameters(root / "flame" / f"{i:05d}.npz", view)
+    views = render_fit(renderer, fit, size=crop_size, supersample=supersample, batch=16).to("cpu")
+    for i, parameters in enumerate(views.parameters()):
+        write_image(root / "images" / f"{i:05d}.png", views.rgb[i].numpy())
+        write_image(root / "mattes" / f"{i:05d}.png", views.matte[i].numpy())
+        write_view_parameters(root / "flame" / f"{i:05d}.npz", parameters)
         if callback is not None:
             callback(Progress(i + 1, num_views, "picture"))
     return fit
-
-
-def crop_boxes(renderer: SubjectRenderer, fit: Tracking) -> list[tuple[int, int, int, int]]:
-    """The pipeline's crop box of every frame (from the projected head vertices)."""
-
-    def t(a: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(a), dtype=torch.float32, device=renderer.device)
-
-    posed = renderer.head_model(
-        renderer.shape, t(fit.expr), t(fit.rot), t(fit.tra), eye_rot=t(fit.eye_rot)
-    ).vertices
-    ids = head_vertex_ids(build_demo_head())
-    p = posed[:, ids].cpu().numpy().astype(np.float64) * np.array([1.0, -1.0, -1.0])
-    p = p @ fit.extr[0, :3, :3].T + fit.extr[0, :3, 3]
-    x = p[..., 0] / p[..., 2] * fit.fx[0, 0] + fit.cx[0, 0]
-    y = p[..., 1] / p[..., 2] * fit.fy[0, 0] + fit.cy[0, 0]
-    return [crop_box_from_points(xy) for xy in np.stack([x, y], -1)]
 
 
 def write_demo_driving(
@@ -259,8 +199,8 @@ def contact_sheet(
         yaw, pitch = rng.uniform(-32, 32, 1), rng.uniform(-7, 7, 1)
         rot, tra = head_poses(yaw, pitch, np.zeros(1), np.zeros((1, 3)))
         fit = make_fit(make_subject(seed).shape, 0.6 * expr, 0.5 * eye, rot, tra, size, None)
-        k = np.array([[focal_length(size), focal_length(size), size / 2, size / 2]])
-        out = _render_fit(SubjectRenderer(make_subject(seed), device), fit, k, size, 3)
+        renderer = SubjectRenderer(make_subject(seed), device)
+        out = renderer.render(views_of(fit), (size, size), supersample=3)
         tiles.append(
             to_uint8((out.rgb * out.matte[..., None] + 1 - out.matte[..., None])[0].cpu().numpy())
         )
