@@ -1,7 +1,8 @@
 """Time of one denoiser call (classifier-free guidance pair), by form, precision and batching.
 
     python benchmarks/denoiser.py [--size released|small] [--forms plain fast fast-compiled]
-        [--references 1 4] [--batches 1 2] [--precisions bf16] [--count] [--json FILE]
+        [--references 1 4] [--batches 1 2] [--precisions bf16] [--count] [--cudnn-benchmark]
+        [--memory-gb 24] [--no-flash] [--json FILE]
 
 One call denoises `views_per_call` views, conditionally and unconditionally. Random weights: the
 time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
@@ -10,6 +11,9 @@ Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes on
 `step` shows), `-merged` folds enlargement into convolutions, `-compiled` is under torch.compile,
 `-graphs` also in CUDA graphs. Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run
 twice to see the first call cold and warm.
+
+`--cudnn-benchmark` lets cuDNN try its convolution algorithms; `--memory-gb` and `--no-flash` forbid
+more memory than such a card has, and fused attention.
 """
 
 from __future__ import annotations
@@ -48,6 +52,13 @@ def main() -> None:
     config = MMDMConfig(**SMALL) if arguments.size == "small" else MMDMConfig()
     if arguments.count:
         print_costs(config, arguments.references)
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
+    if arguments.no_flash:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if arguments.memory_gb and device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_gb * 1e9 / total)
     rows = []
     for precision in arguments.precisions:
         set_tf32(precision == "tf32")
@@ -74,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--references", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--count", action="store_true", help="print floating-point operations")
+    parser.add_argument("--cudnn-benchmark", action="store_true")
+    parser.add_argument("--memory-gb", type=float)
+    parser.add_argument("--no-flash", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

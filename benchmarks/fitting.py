@@ -1,19 +1,23 @@
-"""Speed of the avatar fit: iterations and views per second, where the time of a step goes.
+"""Speed of the avatar fit: steps and views per second, and where the time of a step goes.
 
     python benchmarks/fitting.py HEAD IMAGE_SET [--preset default] [--batch 1 4 8] [--size 512]
-        [--uv 128] [--splats 100000] [--steps 100] [--lpips] [--json FILE]
+        [--uv 128] [--splats 100000] [--steps 100] [--lpips] [--compile auto|on|off]
+        [--views 840] [--memory-gb 24] [--profile] [--json FILE]
 
-HEAD is a folder written by prepare_head_model. The views of IMAGE_SET are resampled to `--size`;
-`--lpips` adds the perceptual loss with random weights (same cost as real ones).
+HEAD is a folder written by prepare_head_model. The views of IMAGE_SET are resampled to `--size` and
+repeated up to `--views`; `--lpips` adds the perceptual loss with random weights (same cost as real
+ones); `--memory-gb` forbids to use more memory than such a card has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +29,22 @@ from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import PRESETS, FittingSettings
 
+PROFILED_STEPS = 5
+PROFILE_ROWS = 40
+
 
 def main() -> None:
     arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.memory_gb and device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_gb * 1e9 / total)
     head = HeadModel.load(arguments.head, lower_jaw=True).to(device)
-    data = resampled(load_image_data([arguments.image_set]), arguments.size).to(device)
+    data = resampled(load_image_data([arguments.image_set]), arguments.size)
+    data = repeated(data, arguments.views).to(device)
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{machine}, {arguments.size} px, preset {arguments.preset}")
+    print(f"{machine}, {len(data)} views of {arguments.size} px, preset {arguments.preset}")
     rows = [measure(arguments, head, data, batch) for batch in arguments.batch]
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
@@ -48,7 +60,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--uv", type=int, help="instead of the preset's UV resolution")
     parser.add_argument("--splats", type=int, help="instead of the preset's number")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--views", type=int, default=0, help="at least so many training views")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--lpips", action="store_true")
+    parser.add_argument("--memory-gb", type=float)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -69,48 +85,108 @@ def resampled(data: ImageData, size: int) -> ImageData:
     )
 
 
-def measure(
+def repeated(data: ImageData, count: int) -> ImageData:
+    """The views over and over, up to `count` of them."""
+    rows = torch.arange(max(count, len(data))) % len(data)
+    changed: dict[str, Any] = {
+        name: getattr(data, name)[rows]
+        for name in (
+            "images", "mask_rows", "mask_columns", "world_to_camera", "intrinsics", "expr",
+            "eye_rot",
+        )
+    }  # fmt: skip
+    return replace(data, **changed, names=[data.names[i] for i in rows.tolist()])
+
+
+def random_lpips(device: torch.device) -> Lpips:
+    """The network with weights of no meaning."""
+    lpips = Lpips()
+    with torch.no_grad():
+        for layer in lpips.convolutions:
+            torch.nn.init.kaiming_normal_(layer.weight)
+        for head in lpips.heads:
+            head.uniform_(0, 1)
+    return lpips.to(device)
+
+
+def make_trainer(
     arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int
-) -> dict[str, float]:
-    """Times steps in the middle of a fit: all terms active, no density control."""
-    values = dict(PRESETS[arguments.preset].get("fitting", {}))
+) -> AvatarTrainer:
+    """A trainer in the middle of a fit: all terms active, no density control."""
+    values: dict[str, Any] = dict(PRESETS[arguments.preset].get("fitting", {}))
     values |= {"batch_size": batch, "densify_until": 0, "lpips_start": 0, "lpips_end": 1}
-    values |= {"sh_warmup": 1}
+    values |= {"sh_warmup": 1, "compile": arguments.compile}
     if arguments.uv:
         values["uv_resolution"] = arguments.uv
     if arguments.splats:
         values["num_gaussians_init"] = arguments.splats
     settings = FittingSettings(**values)
-    device = head.template.device
-    lpips = None
-    if arguments.lpips:
-        lpips = Lpips()
-        with torch.no_grad():
-            for parameter in lpips.parameters():
-                parameter.normal_(0, 0.05)
-        lpips = lpips.to(device)
+    lpips = random_lpips(head.template.device) if arguments.lpips else None
     avatar = GaussianAvatar.create(head, data.shape, settings)
-    trainer = AvatarTrainer(avatar, data, settings, lpips=lpips)
-    warm_up = min(20, arguments.steps)
-    for step in range(1, warm_up + 1):
-        trainer.step(step)
+    return AvatarTrainer(avatar, data, settings, lpips=lpips)
+
+
+def measure(
+    arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int
+) -> dict[str, Any]:
+    """Times steps."""
+    device = head.template.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    trainer = make_trainer(arguments, head, data, batch)
+    started = time.perf_counter()
+    warm_up = max(min(20, arguments.steps), 2)
+    trainer.step(batch)
+    synchronise(device)
+    first = time.perf_counter() - started
+    for step in range(2, warm_up + 1):
+        trainer.step(step * batch)
     synchronise(device)
     started = time.perf_counter()
     for step in range(warm_up + 1, warm_up + arguments.steps + 1):
-        trainer.step(step)
+        trainer.step(step * batch)
+    queued = time.perf_counter() - started
     synchronise(device)
-    rate = arguments.steps / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     row = {
         "batch": batch,
-        "splats": len(avatar.splats),
-        "steps_per_s": round(rate, 2),
-        "views_per_s": round(rate * batch, 2),
+        "splats": len(trainer.avatar.splats),
+        "steps_per_s": round(arguments.steps / seconds, 2),
+        "views_per_s": round(arguments.steps * batch / seconds, 2),
+        "ms_per_step": round(1e3 * seconds / arguments.steps, 2),
+        "host_ms_per_step": round(1e3 * queued / arguments.steps, 2),
+        "first_step_s": round(first, 1),
         "lpips": arguments.lpips,
+        "compiled": trainer.compiler.enabled,
     }
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     print(row, flush=True)
+    if arguments.profile:
+        profile(trainer, warm_up + arguments.steps)
     return row
+
+
+def profile(trainer: AvatarTrainer, done: int) -> None:
+    """Prints the kernels of a step and the operations of the host, by their own time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if trainer.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        for step in range(done + 1, done + PROFILED_STEPS + 1):
+            trainer.step(step * trainer.batch_size)
+        synchronise(trainer.device)
+    events = trace.key_averages()
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(e.self_device_time_total for e in kernels) / PROFILED_STEPS / 1e3
+    print(f"kernels {total:.2f} ms per step; the longest (ms per step, calls per step):")
+    for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:PROFILE_ROWS]:
+        per_step = event.self_device_time_total / PROFILED_STEPS / 1e3
+        print(f"  {per_step:8.3f} {event.count / PROFILED_STEPS:7.1f}  {event.key[:110]}")
+    print("by operation of the host (ms per step, calls per step):")
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[: PROFILE_ROWS // 2]:
+        per_step = event.self_cpu_time_total / PROFILED_STEPS / 1e3
+        print(f"  {per_step:8.3f} {event.count / PROFILED_STEPS:7.1f}  {event.key[:110]}")
 
 
 def synchronise(device: torch.device) -> None:

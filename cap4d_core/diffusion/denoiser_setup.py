@@ -33,12 +33,19 @@ BATCHES_WORTH_COMPILING = 400
 
 @dataclass(frozen=True)
 class DenoiserRoute:
-    """Attributes: which form of the denoiser runs, and batches of views per network call."""
+    """Which form of the denoiser runs.
+
+    Attributes:
+        fast, compiled, channels_last: see `route_denoiser`.
+        batches_per_call: batches of views per network call.
+        merged: enlargements folded into convolutions; rounds otherwise, within half precision.
+    """
 
     fast: bool
     compiled: bool
     channels_last: bool
     batches_per_call: int
+    merged: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -63,6 +70,7 @@ def choose_route(
         compiled,
         channels_last,
         even_batches(batches_per_step, limit) if fast else limit,
+        merged=fast and device.type == "cuda" and precision in ("bf16", "fp16"),
     )
 
 
@@ -88,7 +96,7 @@ def route_denoiser(
     denoiser = denoiser.to(memory_format=layout)  # type: ignore[call-overload]
     if not route.fast:
         return denoiser
-    fast = FastDenoiser(denoiser, memory_format=layout)
+    fast = FastDenoiser(denoiser, merge_upsampling=route.merged, memory_format=layout)
     if not route.compiled:
         return FastSamplingDenoiser(fast)
     folder = None if compile_cache is None else use_compile_cache(compile_cache)
