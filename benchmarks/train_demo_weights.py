@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
+import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,9 @@ class Run:
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.backends.cudnn.benchmark = True
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            # Convolutions only: TF32 products would move projected heads by half a pixel.
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = True
         self.machine = Machine(
             self.device,
             mixed_precision=is_cuda,
@@ -138,7 +142,7 @@ class People:
         self.run, self.data = run, run.data
         self.parts: list[FrameTable] = []
         self.writers: list[threading.Thread] = []
-        self.seconds = 0.0
+        self.pool: Executor | None = None
         while (file := self._file(len(self.parts))).is_file():
             self.parts.append(FrameTable.read(file)[0].to(run.device))
         self.done = (run.state / "frames" / "complete").is_file()
@@ -176,10 +180,11 @@ class People:
 
     def _submit(self) -> None:
         # Not all at once: finished people wait in memory.
-        while len(self.futures) < 6 * max(self.data.processes, 1):
+        while len(self.futures) < 40 * max(self.data.processes, 1):
             seed = next(self.seeds, None)
             if seed is None:
                 return
+            assert self.pool is not None
             self.futures.append(self.pool.submit(make_subject, seed, TEXTURE_SIZE))
 
     @property
@@ -221,7 +226,6 @@ class People:
 
     def _close(self) -> None:
         late = time.monotonic() >= self.run.deadline and bool(self.futures)
-        self.pool.shutdown(wait=False, cancel_futures=True)
         if self._open:
             self._write()
         self.done = True
@@ -229,6 +233,12 @@ class People:
         if not late:
             (self.run.state / "frames" / "complete").touch()
         self.run.mark(f"{self.num_subjects} people, {self.filled} pictures")
+
+    def stop(self) -> None:
+        """Ends the workers and waits for the files."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        self.flush()
 
     def flush(self) -> None:
         """Waits for the files."""
@@ -262,7 +272,7 @@ def train_autoencoder(run: Run, people: People) -> Autoencoder:
         tensors, metadata = read_safetensors(file)
         factor = float(metadata["scaling_factor"])
         config = run.config.autoencoder.model_copy(update={"scaling_factor": factor})
-        autoencoder = Autoencoder(config).to(run.device)
+        autoencoder = Autoencoder(config).to(run.device, memory_format=torch.channels_last)
         autoencoder.vae.load_state_dict({k: t.float() for k, t in tensors.items()})
         while not people.done:
             people.take()
@@ -296,7 +306,7 @@ def train_autoencoder(run: Run, people: People) -> Autoencoder:
     trainer.run()
     run.sync()
     run.mark(f"autoencoder at {100 * trainer.pace.progress:.0f} %")
-    plain = Autoencoder(run.config.autoencoder).to(run.device)
+    plain = Autoencoder(run.config.autoencoder).to(run.device, memory_format=torch.channels_last)
     plain.vae.load_state_dict(
         {k.removeprefix("vae."): t for k, t in trainer.average.state().items()}
     )
@@ -311,8 +321,8 @@ def train_autoencoder(run: Run, people: People) -> Autoencoder:
     return plain
 
 
-def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
-    """The trainer after this call's share of the training."""
+def denoiser_trainer(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
+    """A fresh trainer of the denoiser."""
     settings = run.settings.denoiser
     torch.manual_seed(run.settings.seed)
     denoiser = MMDMDenoiser(config)
@@ -332,7 +342,7 @@ def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
     objective = DenoisingLoss(
         NoiseSchedule(config.schedule), settings.loss_weighting, settings.min_snr_gamma
     ).to(run.device)
-    trainer = Trainer(
+    return Trainer(
         "denoiser",
         DenoiserPass(denoiser),
         denoiser_loss(source, objective, settings.batch_size, run.device),
@@ -343,6 +353,11 @@ def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
         run.metrics,
         fingerprint(run, "denoiser"),
     )
+
+
+def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
+    """The trainer after this call's share of the training."""
+    trainer = denoiser_trainer(run, table, config)
     if not trainer.resume() and run.warm is not None:
         warm_start(run.warm, trainer)
     if run.is_last:
@@ -353,6 +368,29 @@ def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
     run.sync()
     run.mark(f"denoiser at step {trainer.pace.step}, {100 * trainer.pace.progress:.0f} %")
     return trainer
+
+
+def prepare_kernels(run: Run) -> None:
+    """Compiles the denoiser's step on made-up data; the main process then finds it in the cache."""
+    config, settings = run.config, run.settings.denoiser
+    n, size, channels = 2 * config.views_per_call, config.latent_size, config.in_channels
+    device = run.device
+    eye = torch.eye(3, device=device).expand(n, 3, 3)
+    table = FrameTable(
+        surface=torch.zeros(n, size, size, config.condition_channels - 5, device=device).half(),
+        crop_masks=torch.ones(n, size, size, dtype=torch.uint8, device=device),
+        intrinsics=torch.ones(n, 4, device=device),
+        cameras=eye,
+        heads=eye,
+        starts=torch.tensor([0, n // 2, n]),
+        means=torch.zeros(n, channels, size, size, device=device).half(),
+        stds=torch.zeros(n, channels, size, size, device=device).half(),
+    )
+    trainer = denoiser_trainer(run, table, config)
+    for _ in range(2):
+        trainer.step()
+    run.sync()
+    run.mark("kernels of the denoiser (other process)")
 
 
 def warm_start(folder: Path, trainer: Trainer) -> None:
@@ -534,8 +572,6 @@ def assemble(source: Path, target: Path) -> None:
     write_demo_head(head / "source")
     prepare_head_model(head / "source", None, head / "prepared")
     tables = head_model_tables(head / "prepared")
-    import shutil
-
     shutil.rmtree(head)
     history = metrics.pop("history")
     provenance = {
@@ -552,8 +588,13 @@ def assemble(source: Path, target: Path) -> None:
 def work(run: Run) -> None:
     people = People(run)
     people.start()
-    autoencoder = train_autoencoder(run, people)
-    people.flush()
+    if run.machine.compile and not (run.state / "autoencoder.safetensors").is_file():
+        # Beside the making of people, when the GPU has little to do.
+        subprocess.Popen([sys.executable, *sys.argv, "--prepare-kernels"])
+    try:
+        autoencoder = train_autoencoder(run, people)
+    finally:
+        people.stop()
     results: dict[str, Any] = {"people": people.num_subjects, "pictures": people.filled}
     write_results(run, None, autoencoder)
     count = run.evaluation["subjects"]
@@ -605,6 +646,7 @@ def main() -> None:
     parser.add_argument("--last", action="store_true", help="the rate ends at zero in this call")
     parser.add_argument("--warm-start", help="folder that an earlier call left in --out")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--prepare-kernels", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--assemble", nargs=2, metavar=("OUT", "WEIGHTS"))
     arguments = parser.parse_args()
     logging.basicConfig(
@@ -613,7 +655,10 @@ def main() -> None:
     if arguments.assemble:
         assemble(*(Path(p) for p in arguments.assemble))
         return
-    work(Run(arguments))
+    if arguments.prepare_kernels:
+        prepare_kernels(Run(arguments))
+    else:
+        work(Run(arguments))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,7 @@ def save_mmdm(
     tables: Mapping[str, Any],
     provenance: Mapping[str, Any],
     dtype: StoredType = "fp32",
+    autoencoder_dtype: StoredType = "fp32",
 ) -> None:
     """Writes a model that was made here (trained, or with random weights) as a prepared folder."""
     output_dir = Path(output_dir)
@@ -208,7 +209,7 @@ def save_mmdm(
         config_source="",
         provenance=dict(provenance),
     )
-    _write_folder(output_dir, weights, dtype, None)
+    _write_folder(output_dir, weights, dtype, None, autoencoder_dtype)
 
 
 def _assign(
@@ -222,7 +223,11 @@ def _assign(
 
 
 def _write_folder(
-    folder: Path, weights: ModelWeights, dtype: StoredType, callback: ProgressCallback | None
+    folder: Path,
+    weights: ModelWeights,
+    dtype: StoredType,
+    callback: ProgressCallback | None,
+    autoencoder_dtype: StoredType = "fp32",
 ) -> None:
     # The provenance is removed first and written last: a folder with it is complete.
     (folder / "provenance.json").unlink(missing_ok=True)
@@ -230,7 +235,7 @@ def _write_folder(
     tables = weights.tables or {}
     parts = (
         ("denoiser", weights.denoiser, _STORED_TYPES[dtype]),
-        ("autoencoder", weights.autoencoder, torch.float32),
+        ("autoencoder", weights.autoencoder, _STORED_TYPES[autoencoder_dtype]),
     )
     done = 0
     for name, tensors, stored in parts:

@@ -63,12 +63,8 @@ class DemoFrames:
     def of_fit(self, subject: Subject, fit: Tracking) -> tuple[FrameTable, Tensor]:
         """The views of a fit, and their mattes (N, H, W) uint8."""
         renderer = SubjectRenderer(subject, self.device)
-        views = render_fit(
-            renderer, fit, size=self.config.image_size, supersample=self.supersample
-        )
+        views = render_fit(renderer, fit, size=self.config.image_size, supersample=self.supersample)
         images = views.rgb.permute(0, 3, 1, 2).contiguous()
         starts = torch.tensor([0, len(views)])
-        table = frames_of(
-            view_batch(views), images, starts, self.head, self.tables, self.config
-        )
+        table = frames_of(view_batch(views), images, starts, self.head, self.tables, self.config)
         return table, views.matte

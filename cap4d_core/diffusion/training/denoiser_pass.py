@@ -57,8 +57,6 @@ def initialise(denoiser: MMDMDenoiser) -> None:
     """
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
-            is_last = any(
-                part in name for part in (".conv2.", "conv_out.", ".proj_out.")
-            )
+            is_last = any(part in name for part in (".conv2.", "conv_out.", ".proj_out."))
             if is_last:
                 parameter.zero_()

@@ -38,9 +38,7 @@ class DenoisingLoss(nn.Module):
         super().__init__()
         self.register_buffer("signal", torch.from_numpy(schedule.sqrt_alphas_cumprod))
         self.register_buffer("noise", torch.from_numpy(schedule.sqrt_one_minus_alphas_cumprod))
-        snr = torch.from_numpy(
-            schedule.alphas_cumprod_f64 / (1.0 - schedule.alphas_cumprod_f64)
-        )
+        snr = torch.from_numpy(schedule.alphas_cumprod_f64 / (1.0 - schedule.alphas_cumprod_f64))
         weights = snr.clamp(max=gamma) / snr if weighting == "min_snr" else torch.ones_like(snr)
         self.register_buffer("weights", weights.float())
 

@@ -98,9 +98,9 @@ class Trainer:
         self.average = WeightAverage(module, settings.ema_decay)
         network: Any = module
         if machine.compile:
-            import torch._dynamo
+            from torch import _dynamo
 
-            torch._dynamo.config.suppress_errors = True
+            _dynamo.config.suppress_errors = True
             network = torch.compile(module, dynamic=False)
         if machine.group.size > 1:
             network = DistributedDataParallel(network)
@@ -213,7 +213,9 @@ class Trainer:
             if pace.step % settings.log_every == 0 or is_loud:
                 means = {name: float(value) / count for name, value in sums.items()}
                 now = time.monotonic()
-                rate = count * settings.batch_size * settings.accumulate * group.size / (now - since)
+                rate = (
+                    count * settings.batch_size * settings.accumulate * group.size / (now - since)
+                )
                 self._record(means, rate, is_loud)
                 printed = now if is_loud else printed
                 sums, count, since = {}, 0, now
