@@ -298,7 +298,7 @@ def _lighting(rng: np.random.Generator) -> Lighting:
 
 @lru_cache(maxsize=4)
 def make_subject(seed: int, texture_size: int = 512) -> Subject:
-    """Build subject number `seed` (the head model and what no number changes are made once per process)."""
+    """Build subject number `seed`; the head model is built once per process."""
     traits = draw_traits(seed)
     h = head.build_demo_head()
     skin = h.rest[h.points.skin]
