@@ -5,48 +5,70 @@ inside the matte, grown by a few pixels so that splats spilling over the outline
 baseline is the reference image whose viewing direction is nearest: what one would show without an
 avatar. An avatar that does not beat it has learned nothing about the third dimension.
 
+    {output}/metrics.json       figures of every view, their means, and why a figure is absent
+    {output}/frames.csv         the same per view, as a table
+    {output}/metrics.png        plot of it
+    {output}/side_by_side.png   truth, avatar, nearest reference
+
+On consecutive frames of a video this is self-reenactment: the subject's own performance drives the
+avatar, and the recording is the truth; then the stability over time is measured, too.
+
 Frames: head-fixed OpenCV axes, see `cap4d_core.files.tracking`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cap4d_core.avatar.lpips import Lpips
-from cap4d_core.avatar.renderer import Backend, render_gaussians
-from cap4d_core.errors import InputFileError
-from cap4d_core.evaluation.metrics import dilated_mask, lpips, psnr, ssim
+from cap4d_core.avatar.renderer import Backend
+from cap4d_core.evaluation.face_comparison import FaceComparison
+from cap4d_core.evaluation.identity import IdentityEncoder
+from cap4d_core.evaluation.metrics import lpips, psnr, ssim
+from cap4d_core.evaluation.rendering import (
+    camera_runs,
+    choose_views,
+    read_truth,
+    render_view,
+    viewing_direction,
+)
 from cap4d_core.evaluation.side_by_side import Comparison, write_side_by_side
+from cap4d_core.evaluation.stability import films_stability
+from cap4d_core.evaluation.tables import write_frames_csv, write_frames_plot
 from cap4d_core.files.basic import write_json
-from cap4d_core.files.image_set import ImageSetItem, ViewParameters, read_image_set
-from cap4d_core.files.images import read_grey, read_rgb
-from cap4d_core.geometry.cameras import head_to_origin, intrinsics_matrix
-from cap4d_core.geometry.crops import crop_intrinsics, resize
+from cap4d_core.files.image_set import read_image_set
+from cap4d_core.files.images import read_rgb
+from cap4d_core.geometry.crops import resize
 from cap4d_core.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from cap4d_core.avatar.gaussians import GaussianAvatar
     from cap4d_core.flame.model import HeadModel
 
+__all__ = ["ViewResult", "evaluate_avatar", "render_view", "summarise", "viewing_direction"]
+
 logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 12
+NO_LPIPS = "no LPIPS weights (fitting.lpips_weights is not set)"
+NO_FILM = "the views are no consecutive frames"
 
 
 @dataclass(frozen=True)
 class ViewResult:
     """Figures of one held-out view; `psnr_gain` is avatar minus baseline, angles in degrees.
 
-    The LPIPS distances are None without weights.
+    LPIPS distances are None without weights. akd: mean distance of landmarks to those of the truth
+    in pixels, akd_percent of the size of the face; identity_similarity: cosine of embeddings. What
+    is None for this view only is explained in `absent`, by name.
     """
 
     view: str
@@ -59,6 +81,16 @@ class ViewResult:
     psnr_gain: float
     lpips: float | None = None
     baseline_lpips: float | None = None
+    akd: float | None = None
+    akd_percent: float | None = None
+    baseline_akd_percent: float | None = None
+    identity_similarity: float | None = None
+    baseline_identity_similarity: float | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What there is, as JSON types."""
+        return {k: v for k, v in asdict(self).items() if v is not None and v != {}}
 
 
 def evaluate_avatar(
@@ -72,9 +104,13 @@ def evaluate_avatar(
     mask_dilation: int = 5,
     background: tuple[float, float, float] = (1.0, 1.0, 1.0),
     lpips_weights: str | Path | None = None,
+    identity: IdentityEncoder | None = None,
+    identity_absent: str = "no recognition network was given",
+    max_frames: int = 100,
+    protocol: dict[str, Any] | None = None,
     renderer: Backend = "auto",
 ) -> dict[str, Any]:
-    """Compares an avatar with held-out views; writes `metrics.json` and `side_by_side.png`.
+    """Compares an avatar with held-out views; see the module for the files written.
 
     Args:
         avatar: the fitted avatar.
@@ -86,25 +122,32 @@ def evaluate_avatar(
         mask_dilation: pixels by which the foreground of the truth is grown.
         background: colour behind the avatar, and behind the truth where its matte is 0.
         lpips_weights: weights of the perceptual distance; None = leave it out.
+        identity: recognition network; None = leave it out, for the reason `identity_absent`.
+        identity_absent: goes into the results.
+        max_frames: at most so many views are compared.
+        protocol: how the views were set aside; goes into the results.
         renderer: backend of the splat renderer.
 
     Returns:
-        `metrics.json`: `views` (see `ViewResult`) and `summary` (means over the views).
+        `metrics.json`: `views` (see `ViewResult`), `summary` (means over the views), `temporal` of
+        films, `absent` (figure: reason).
 
     Raises:
         InputFileError: an image set is missing or broken, or a matte shows no foreground.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    items, reference_items = read_image_set(held_out), read_image_set(references)
+    items = choose_views(read_image_set(held_out), max_frames)
+    reference_items = read_image_set(references)
     reference_directions = np.stack([viewing_direction(r.parameters) for r in reference_items])
     shown = set(np.linspace(0, len(items) - 1, min(MAX_PICTURES, len(items))).round().astype(int))
     device = next(avatar.parameters()).device
     head_model.to(device)
     perceptual = Lpips.load(lpips_weights, device=str(device)) if lpips_weights else None
-    results, comparisons = [], []
+    faces = FaceComparison(identity, device)
+    results, comparisons, renders, truths = [], [], [], []
     for number, item in enumerate(items):
-        truth, mask = _truth(item, mask_dilation, background)
+        truth, mask = read_truth(item, mask_dilation, background)
         size = len(truth)
         image = render_view(avatar, item.parameters, size, background, renderer).cpu()
         cosines = reference_directions @ viewing_direction(item.parameters)
@@ -121,8 +164,11 @@ def evaluate_avatar(
             baseline_ssim=ssim(baseline, truth, mask),
             psnr_gain=psnr(image, truth, mask) - psnr(baseline, truth, mask),
             **_perceptual_distances(perceptual, image, baseline, truth, mask, device),
+            **faces.compare(image, truth, baseline, nearest_item.image.name),
         )
         results.append(result)
+        renders.append(image)
+        truths.append(truth)
         if number in shown:
             caption = (
                 f"{result.view}: avatar {result.psnr:.1f} dB, nearest reference "
@@ -131,15 +177,30 @@ def evaluate_avatar(
             comparisons.append(Comparison(caption, (truth, image, baseline)))
         if callback:
             callback(Progress(number + 1, len(items), "view", {"psnr": result.psnr}))
+    absent = {}
+    if perceptual is None:
+        absent["lpips"] = NO_LPIPS
+    if identity is None:
+        absent["identity_similarity"] = identity_absent
+    views = [item.parameters for item in items]
+    temporal = None
+    if camera_runs(views):
+        temporal = films_stability(
+            head_model, views, renders, truths, faces.landmarks, faces.true_landmarks
+        )
+    else:
+        absent["temporal"] = NO_FILM
     metrics = {
-        "views": [
-            {name: value for name, value in asdict(result).items() if value is not None}
-            for result in results
-        ],
+        "views": [result.to_dict() for result in results],
         "summary": summarise(results),
         "mask_dilation_px": mask_dilation,
+        "absent": absent,
+        **({"temporal": temporal} if temporal is not None else {}),
+        **({"protocol": protocol} if protocol is not None else {}),
     }
     write_json(output_dir / "metrics.json", metrics)
+    write_frames_csv(output_dir / "frames.csv", metrics["views"])
+    write_frames_plot(output_dir / "metrics.png", metrics["views"])
     write_side_by_side(
         output_dir / "side_by_side.png", ("truth", "avatar", "nearest reference"), comparisons
     )
@@ -147,7 +208,7 @@ def evaluate_avatar(
 
 
 def _perceptual_distances(
-    network: Lpips | None,
+    network: Callable[..., Tensor] | None,
     image: Tensor,
     baseline: Tensor,
     truth: Tensor,
@@ -164,88 +225,21 @@ def _perceptual_distances(
 
 
 def summarise(results: Sequence[ViewResult]) -> dict[str, float]:
-    """Means over the views, number of views, share of views better than the baseline."""
+    """Means over the views that have a figure; number of views, share better than the baseline."""
 
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(result, name) for result in results]))
+    def found(name: str) -> list[float]:
+        return [value for r in results if (value := getattr(r, name)) is not None]
 
     names = ["psnr", "ssim", "baseline_psnr", "baseline_ssim", "psnr_gain"]
-    names += ["lpips", "baseline_lpips"] if results[0].lpips is not None else []
-    return {
-        "num_views": len(results),
-        **{name: mean(name) for name in names},
+    names += ["lpips", "baseline_lpips", "akd", "akd_percent", "baseline_akd_percent"]
+    names += ["identity_similarity", "baseline_identity_similarity"]
+    summary = {"num_views": len(results)}
+    summary |= {name: float(np.mean(found(name))) for name in names if found(name)}
+    summary |= {
         "share_better_than_baseline": float(np.mean([r.psnr_gain > 0 for r in results])),
-        "mean_angle_to_reference_deg": mean("angle_to_reference_deg"),
+        "mean_angle_to_reference_deg": float(np.mean(found("angle_to_reference_deg"))),
         "max_angle_to_reference_deg": max(r.angle_to_reference_deg for r in results),
     }
-
-
-def viewing_direction(view: ViewParameters) -> NDArray[np.float64]:
-    """Unit vector (3,) from the head to the camera, head-fixed OpenCV axes."""
-    camera = _head_fixed_camera(view).numpy()
-    centre = -camera[:3, :3].T @ camera[:3, 3]
-    return centre / np.linalg.norm(centre)
-
-
-def render_view(
-    avatar: GaussianAvatar,
-    view: ViewParameters,
-    size: int,
-    background: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    renderer: Backend = "auto",
-) -> Tensor:
-    """Renders the avatar as (size, size, 3) in 0..1 with the camera and expression of a view."""
-    device = next(avatar.parameters()).device
-    focal_center = crop_intrinsics(view.fx, view.fy, view.cx, view.cy, view.crop_box, size)
-    intrinsics = intrinsics_matrix(*(torch.tensor([value]) for value in focal_center))
-
-    def row(values: Any) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=device)[None]
-
-    with torch.no_grad():
-        posed = avatar.pose(row(view.expr), row(view.eye_rot))
-        rendered = render_gaussians(
-            posed.means,
-            posed.quats,
-            posed.scales,
-            posed.opacities,
-            posed.sh,
-            row(_head_fixed_camera(view)),
-            intrinsics.float().to(device),
-            size,
-            size,
-            sh_degree=int(avatar.active_sh_degree),
-            background=background,
-            backend=renderer,
-        )
-    return rendered.image[0].clamp(0, 1)
-
-
-def _head_fixed_camera(view: ViewParameters) -> Tensor:
-    extr, rot, tra = (
-        torch.as_tensor(value, dtype=torch.float64) for value in (view.extr, view.rot, view.tra)
-    )
-    return head_to_origin(extr, rot, tra)
-
-
-def _truth(
-    item: ImageSetItem, dilation: int, background: tuple[float, float, float]
-) -> tuple[Tensor, Tensor]:
-    image = read_rgb(item.image)
-    if image.shape[0] != image.shape[1]:
-        raise InputFileError(item.image, f"{image.shape[1]} x {image.shape[0]} pixels", "a square")
-    truth = torch.from_numpy(image.astype(np.float32) / 255)
-    if item.matte is None:
-        logger.warning("%s has no matte: the whole image is compared.", item.image)
-        return truth, torch.ones(truth.shape[:2], dtype=torch.bool)
-    matte = read_grey(item.matte)
-    if matte.shape != image.shape[:2]:
-        raise InputFileError(
-            item.matte, f"{matte.shape[1]} x {matte.shape[0]} pixels", "the size of its image"
-        )
-    if not matte.any():
-        raise InputFileError(item.matte, "no foreground", "255 where the head is")
-    # Soft edges already hold the background of the picture; only pure background is replaced.
-    foreground = torch.from_numpy(matte > 0)[..., None]
-    truth = torch.where(foreground, truth, torch.tensor(background))
-    return truth, torch.from_numpy(dilated_mask(matte, dilation))
+    if found("akd"):
+        summary["num_views_with_landmarks"] = len(found("akd"))
+    return summary
