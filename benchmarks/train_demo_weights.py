@@ -125,9 +125,11 @@ class Run:
         self.mark("head model")
 
     def mark(self, what: str) -> None:
+        """Logs how long this call took so far."""
         logger.info("%s: after %.1f s of this call.", what, time.monotonic() - self.started)
 
     def sync(self) -> None:
+        """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -355,7 +357,9 @@ def denoiser_trainer(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer
     )
 
 
-def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
+def train_denoiser(
+    run: Run, table: FrameTable, config: MMDMConfig, autoencoder: Autoencoder
+) -> Trainer:
     """The trainer after this call's share of the training."""
     trainer = denoiser_trainer(run, table, config)
     if not trainer.resume() and run.warm is not None:
@@ -364,7 +368,10 @@ def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
         left = max(run.deadline - time.monotonic(), 1.0)
         trainer.pace.total_seconds = trainer.pace.elapsed + left
     run.mark("latents")
-    trainer.run()
+    trainer.run(
+        sample=lambda step: write_results(run, trainer, autoencoder),
+        sample_every=run.settings.denoiser.sample_every,
+    )
     run.sync()
     run.mark(f"denoiser at step {trainer.pace.step}, {100 * trainer.pace.progress:.0f} %")
     return trainer
@@ -372,7 +379,7 @@ def train_denoiser(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
 
 def prepare_kernels(run: Run) -> None:
     """Compiles the denoiser's step on made-up data; the main process then finds it in the cache."""
-    config, settings = run.config, run.settings.denoiser
+    config = run.config
     n, size, channels = 2 * config.views_per_call, config.latent_size, config.in_channels
     device = run.device
     eye = torch.eye(3, device=device).expand(n, 3, 3)
@@ -610,7 +617,7 @@ def work(run: Run) -> None:
         return
     means, stds = encode_all(autoencoder, people.pictures())
     table = replace(people.table(), images=None, means=means, stds=stds)
-    trainer = train_denoiser(run, table, run.config)
+    trainer = train_denoiser(run, table, run.config, autoencoder)
     write_results(run, trainer, autoencoder)
     write_metrics(run, trainer, results)
     run.mark("results")

@@ -1,4 +1,4 @@
-"""Loss of the multi-view denoiser: squared error of the predicted noise, on generated views only."""
+"""Loss of the multi-view denoiser: squared error of the noise found in generated views."""
 
 from __future__ import annotations
 

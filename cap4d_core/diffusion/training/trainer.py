@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Machine:
     device: torch.device
     mixed_precision: bool = False
     compile: bool = False
-    group: Group = Group()
+    group: Group = field(default_factory=Group)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of the forward pass."""
