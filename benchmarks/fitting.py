@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from cap4d_core.avatar import lpips_fast
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import ImageData, load_image_data
 from cap4d_core.avatar.lpips import Lpips
@@ -40,6 +41,8 @@ def main() -> None:
     if arguments.memory_gb and device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gb * 1e9 / total)
+        # The driver reports what the whole card has free.
+        lpips_fast.MEMORY_SHARE *= arguments.memory_gb * 1e9 / total
     head = HeadModel.load(arguments.head, lower_jaw=True).to(device)
     data = resampled(load_image_data([arguments.image_set]), arguments.size)
     data = repeated(data, arguments.views).to(device)

@@ -294,7 +294,11 @@ class AvatarTrainer:
             return self.lpips, []
         if self._fast_lpips is None:
             self._fast_lpips = FastLpips(self.lpips)
-            self._targets = TargetFeatures(self._fast_lpips, self._masked_target, len(self.data))
+            count = len(self.data)
+            try:
+                self._targets = TargetFeatures(self._fast_lpips, self._masked_target, count)
+            except torch.OutOfMemoryError:  # others use the device too
+                self._targets = TargetFeatures(self._fast_lpips, self._masked_target, count, 0)
         assert self._targets is not None
         return self._fast_lpips, self._targets.of(batch.rows)
 

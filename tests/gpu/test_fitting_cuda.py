@@ -13,17 +13,31 @@ from cap4d_core.avatar.image_data import load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.flame.model import HeadModel
+from cap4d_core.settings import FittingSettings
 from tests.core.synthetic_head import head_folder
 from tests.core.test_fitting import SETS, TINY, Killed, kill_at
 
 pytestmark = pytest.mark.gpu
 
 
-def _trainer(device: str, lpips: Lpips | None = None) -> AvatarTrainer:
+def _trainer(
+    device: str, lpips: Lpips | None = None, settings: FittingSettings = TINY
+) -> AvatarTrainer:
     head = HeadModel.load(head_folder(), lower_jaw=True).to(device)
     data = load_image_data(SETS).to(device)
-    avatar = GaussianAvatar.create(head, data.shape, TINY)
-    return AvatarTrainer(avatar, data, TINY, lpips=lpips)
+    avatar = GaussianAvatar.create(head, data.shape, settings)
+    return AvatarTrainer(avatar, data, settings, lpips=lpips)
+
+
+def _random_lpips() -> Lpips:
+    torch.manual_seed(0)
+    lpips = Lpips()
+    with torch.no_grad():
+        for layer in lpips.convolutions:
+            torch.nn.init.kaiming_normal_(layer.weight)
+        for head in lpips.heads:
+            head.uniform_(0, 1)
+    return lpips
 
 
 def test_first_steps_agree_with_the_cpu() -> None:
@@ -50,17 +64,26 @@ def test_killed_and_resumed_on_cuda(tmp_path: Path) -> None:
 
 
 def test_half_precision_lpips_stays_close() -> None:
-    torch.manual_seed(0)
-    lpips = Lpips()
-    with torch.no_grad():
-        for layer in lpips.convolutions:
-            torch.nn.init.kaiming_normal_(layer.weight)
-        for head in lpips.heads:
-            head.uniform_(0, 1)
+    lpips = _random_lpips()
     a, b = torch.rand(2, 2, 3, 64, 64).unbind(0)
     expected = lpips(a, b)
     have = lpips.cuda()(a.cuda(), b.cuda()).cpu()
     assert torch.allclose(have, expected, rtol=0.03)
+
+
+def test_compiled_steps_agree_with_plain_ones() -> None:
+    """With LPIPS, features of targets kept, and density control, which changes all sizes."""
+    losses, counts = [], []
+    for mode in ("off", "on"):
+        changes = {"compile": mode, "batch_size": 2, "lpips_start": 0, "lpips_end": 1}
+        trainer = _trainer("cuda", _random_lpips().cuda(), TINY.model_copy(update=changes))
+        losses.append(torch.stack([trainer.step(i).cpu() for i in (2, 4, 6, 8)]))
+        counts.append(len(trainer.avatar.splats))
+        assert trainer.compiler.enabled == (mode == "on")
+        assert trainer._targets is not None and len(trainer._targets.maps) == 5
+    assert counts[0] > 500 and abs(counts[0] - counts[1]) < 0.02 * counts[0]
+    assert torch.allclose(losses[0][0], losses[1][0], rtol=5e-3, atol=1e-6)
+    assert torch.allclose(losses[0][:, -1], losses[1][:, -1], rtol=2e-2)
 
 
 def test_a_step_does_not_wait_for_the_device() -> None:
