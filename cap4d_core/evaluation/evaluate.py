@@ -190,7 +190,7 @@ def evaluate_avatar(
         )
     else:
         absent["temporal"] = NO_FILM
-    metrics = {
+    metrics: dict[str, Any] = {
         "views": [result.to_dict() for result in results],
         "summary": summarise(results),
         "mask_dilation_px": mask_dilation,
@@ -214,7 +214,7 @@ def _perceptual_distances(
     truth: Tensor,
     mask: Tensor,
     device: torch.device,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     if network is None:
         return {}
     image, baseline, truth, mask = (x.to(device) for x in (image, baseline, truth, mask))
@@ -233,7 +233,7 @@ def summarise(results: Sequence[ViewResult]) -> dict[str, float]:
     names = ["psnr", "ssim", "baseline_psnr", "baseline_ssim", "psnr_gain"]
     names += ["lpips", "baseline_lpips", "akd", "akd_percent", "baseline_akd_percent"]
     names += ["identity_similarity", "baseline_identity_similarity"]
-    summary = {"num_views": len(results)}
+    summary: dict[str, float] = {"num_views": len(results)}
     summary |= {name: float(np.mean(found(name))) for name in names if found(name)}
     summary |= {
         "share_better_than_baseline": float(np.mean([r.psnr_gain > 0 for r in results])),
