@@ -94,6 +94,16 @@ class ConfigFile(SubjectSettings):
         "a ready fit or avatar, or `demo:SEED`. Meant for the command line: starts at the working "
         "directory.",
     )
+    keep_intermediates: bool = Field(
+        False,
+        description="Keep the latents of every sampling round, which are deleted otherwise as soon "
+        "as nothing needs them any more.",
+    )
+    check_disk_space: bool = Field(
+        True,
+        description="Refuse to start a run that needs more disk space than is free; false = only "
+        "warn.",
+    )
 
 
 class AnimationRow(StrictModel):
@@ -114,6 +124,7 @@ class Config:
         subjects, driving: rows of the tables by name, in the order of the tables.
         animations: (subject, driving) pairs to render.
         rounds: (first, last + 1) denoising step of every sampling round; empty without sampling.
+        keep_intermediates, check_disk_space: see ConfigFile.
     """
 
     results: str
@@ -123,6 +134,30 @@ class Config:
     driving: dict[str, Driving]
     animations: tuple[tuple[str, str], ...]
     rounds: tuple[tuple[int, int], ...]
+    keep_intermediates: bool = False
+    check_disk_space: bool = True
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Subjects with images to compare with."""
+        return tuple(name for name, row in self.subjects.items() if row.is_evaluated)
+
+    @property
+    def imported(self) -> tuple[str, ...]:
+        """Subjects with a ready avatar."""
+        return tuple(name for name, row in self.subjects.items() if row.avatar)
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Subjects whose avatar is fitted."""
+        return tuple(name for name, row in self.subjects.items() if not row.avatar)
+
+    @property
+    def tracked(self) -> tuple[str, ...]:
+        """Subjects with a head-model fit: of an imported avatar only to compare it with photos."""
+        return tuple(
+            name for name, row in self.subjects.items() if not row.avatar or row.is_evaluated
+        )
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -208,7 +243,17 @@ def load_config(raw: Mapping[str, Any], config_file: str | Path = "config.yaml")
         problems.append(f"results: environment variable {error.args[0]} is not set")
     if problems:
         raise ConfigError(str(config_file), list(dict.fromkeys(problems))) from None
-    return Config(results, file.quality, settings, subjects, driving, animations, rounds)
+    return Config(
+        results,
+        file.quality,
+        settings,
+        subjects,
+        driving,
+        animations,
+        rounds,
+        file.keep_intermediates,
+        file.check_disk_space,
+    )
 
 
 def with_preset(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,27 @@
 """Configuration, wildcard constraints and all input functions; the other rule files hold rules."""
 
-import re
 import sys
+from functools import cache
 from pathlib import Path
 
 # An installed copy must not win over this checkout.
 sys.path.insert(0, str(Path(workflow.basedir)))
 
+from cap4d_core.batch.planning import (
+    NAME,
+    pattern_of,
+    pattern_without,
+    speed_up_planning,
+    subject_pattern,
+)
 from cap4d_core.config import DOWNLOAD, LPIPS_DOWNLOAD, load_config
 from cap4d_core.run_guard import claim_results
 from cap4d_core.versions import STAGE_VERSIONS
 
+speed_up_planning()
+
 CONFIG_FILE = (workflow.overwrite_configfiles or ["config.yaml"])[-1]
 CONFIG = load_config(config, CONFIG_FILE)
-SUBJECTS = CONFIG.subjects
-DRIVING = CONFIG.driving
-EVALUATED = [name for name, row in SUBJECTS.items() if row.is_evaluated]
-IMPORTED = [name for name, row in SUBJECTS.items() if row.avatar]
-FITTED = [name for name in SUBJECTS if name not in IMPORTED]
-# An imported avatar needs its subject's photos only where it is compared with them.
-TRACKED = [name for name in SUBJECTS if name in FITTED or name in EVALUATED]
 SAMPLES_VIEWS = bool(CONFIG.rounds)
 RESULTS = CONFIG.results
 
@@ -30,16 +32,16 @@ pathvars:
     benchmarks=f"{RESULTS}/benchmarks",
 
 
-def one_of(names):
-    """Regular expression of a wildcard: these names, or what no name can be."""
-    return "|".join(map(re.escape, names)) or "NONE"
-
-
 wildcard_constraints:
-    subject=one_of(SUBJECTS),
-    driving=one_of(DRIVING),
+    subject=subject_pattern(),
+    driving=NAME,
     round=r"[1-9]\d*",
     scatteritem=r"\d+-of-\d+",
+
+
+def intermediate(path):
+    """A file that is deleted when all jobs that need it are done, unless it is to be kept."""
+    return path if CONFIG.keep_intermediates else temp(path)
 
 
 def settings(section):
@@ -52,34 +54,45 @@ def settings(section):
 
 def tracked_files():
     return [
-        *collect(rules.track_subject.output, subject=TRACKED),
-        *collect(rules.track_driving.output, driving=DRIVING),
+        *collect(rules.track_subject.output, subject=CONFIG.tracked),
+        *collect(rules.track_driving.output, driving=CONFIG.driving),
     ]
 
 
 def sampled_files():
     if not SAMPLES_VIEWS:
-        return collect(rules.crop_references.output, subject=TRACKED)
-    rounds = range(1, len(CONFIG.rounds) + 1)
-    compared = [name for name in TRACKED if name in IMPORTED]
+        return collect(rules.crop_references.output, subject=CONFIG.tracked)
+    compared = [name for name in CONFIG.tracked if name in CONFIG.imported]
     return [
         *collect(rules.crop_references.output, subject=compared),
-        *collect(rules.plan_views.output, subject=FITTED),
-        *collect(rules.encode_references.output, subject=FITTED),
+        *collect(rules.plan_views.output, subject=CONFIG.fitted),
+        *collect(rules.encode_references.output, subject=CONFIG.fitted),
+        *round_files(),
         *collect(
-            rules.sample_views.output,
-            subject=FITTED,
-            round=rounds,
+            rules.decode_views.output,
+            subject=CONFIG.fitted,
             scatteritem=CONFIG.shards,
         ),
-        *collect(rules.decode_views.output, subject=FITTED, scatteritem=CONFIG.shards),
+    ]
+
+
+def round_files():
+    """Latents of all rounds; none where they are deleted, else they would be made again."""
+    if not CONFIG.keep_intermediates:
+        return []
+    numbers = range(1, len(CONFIG.rounds) + 1)
+    return [
+        path
+        for subject in CONFIG.fitted
+        for number in numbers
+        for path in round_shards(subject, number)
     ]
 
 
 def avatar_files():
     return [
-        *collect(rules.fit_avatar.output, subject=FITTED),
-        *collect(rules.import_avatar.output, subject=IMPORTED),
+        *collect(rules.fit_avatar.output, subject=CONFIG.fitted),
+        *collect(rules.import_avatar.output, subject=CONFIG.imported),
     ]
 
 
@@ -94,7 +107,7 @@ def animation_files():
 
 
 def evaluation_files():
-    return collect(rules.evaluate_avatar.output, subject=EVALUATED)
+    return collect(rules.evaluate_avatar.output, subject=CONFIG.evaluated)
 
 
 def drivings_of(subject):
@@ -119,9 +132,23 @@ def head_model_companions(wildcards):
     return CONFIG.settings.head_model.companions or []
 
 
+def subject_row(wildcards):
+    return table_row(CONFIG.subjects, wildcards.subject, "subject")
+
+
+def driving_row(wildcards):
+    return table_row(CONFIG.driving, wildcards.driving, "driving sequence")
+
+
+def table_row(table, name, kind):
+    if name not in table:
+        raise WorkflowError(f"'{name}' is no {kind} of {CONFIG_FILE}")
+    return table[name]
+
+
 def subject_fit_folder(wildcards):
     """Folder of the ready fit, None for subjects to be tracked."""
-    row = SUBJECTS[wildcards.subject]
+    row = subject_row(wildcards)
     return (
         f"{RESULTS}/demo/subjects/{row.subject}"
         if row.demo_seed is not None
@@ -141,13 +168,11 @@ def subject_references(wildcards):
 
 def subject_recording(wildcards):
     """Photos or video to be tracked; nothing where there is a ready fit."""
-    return (
-        [] if subject_fit_folder(wildcards) else SUBJECTS[wildcards.subject].reference
-    )
+    return [] if subject_fit_folder(wildcards) else subject_row(wildcards).reference
 
 
 def driving_fit(wildcards):
-    row = DRIVING[wildcards.driving]
+    row = driving_row(wildcards)
     return (
         f"{RESULTS}/demo/driving/{row.driving}/fit.npz"
         if row.is_demo
@@ -156,51 +181,49 @@ def driving_fit(wildcards):
 
 
 def driving_recording(wildcards):
-    row = DRIVING[wildcards.driving]
+    row = driving_row(wildcards)
     return [] if row.fit else row.video
 
 
 def driving_video(wildcards):
     """Where the sound of an animation comes from."""
     is_wanted = CONFIG.settings.animation.sound
-    return (DRIVING[wildcards.driving].video or []) if is_wanted else []
+    return (driving_row(wildcards).video or []) if is_wanted else []
 
 
 def driving_trajectory(wildcards):
-    row = DRIVING[wildcards.driving]
+    row = driving_row(wildcards)
     if row.is_demo:
         return f"{RESULTS}/demo/driving/{row.driving}/orbit.npz"
     return row.trajectory or []
 
 
 def held_out_images(wildcards):
-    row = SUBJECTS[wildcards.subject]
+    row = subject_row(wildcards)
     return row.held_out or f"{RESULTS}/demo/held_out/{row.subject}"
 
 
 def demo_seed(wildcards):
-    return SUBJECTS[wildcards.subject].demo_seed
+    return subject_row(wildcards).demo_seed
+
+
+@cache
+def round_shards(subject, number):
+    """All shards of one round. One list for all that ask: a large plan asks very often."""
+    folder = f"{RESULTS}/{subject}/views/rounds/{number}"
+    return [f"{folder}/{shard}.safetensors" for shard in CONFIG.shards]
 
 
 def previous_round(wildcards):
     """Shards of the round before: views are dealt anew, so each shard needs all of them."""
     if wildcards.round == "1":
         return []
-    return collect(
-        rules.sample_views.output.latents,
-        subject=wildcards.subject,
-        round=int(wildcards.round) - 1,
-        scatteritem=CONFIG.shards,
-    )
+    return round_shards(wildcards.subject, int(wildcards.round) - 1)
 
 
 def last_round_shard(wildcards):
-    return collect(
-        rules.sample_views.output.latents,
-        subject=wildcards.subject,
-        round=len(CONFIG.rounds),
-        scatteritem=wildcards.scatteritem,
-    )
+    folder = f"{RESULTS}/{wildcards.subject}/views/rounds/{len(CONFIG.rounds)}"
+    return f"{folder}/{wildcards.scatteritem}.safetensors"
 
 
 def generated_images(wildcards):
@@ -215,11 +238,11 @@ def generated_images(wildcards):
 
 
 def ready_avatar(wildcards):
-    return SUBJECTS[wildcards.subject].avatar
+    return subject_row(wildcards).avatar
 
 
 def reference_images(wildcards):
-    if SAMPLES_VIEWS and wildcards.subject in FITTED:
+    if SAMPLES_VIEWS and not subject_row(wildcards).avatar:
         return collect(rules.encode_references.output.index, subject=wildcards.subject)
     return collect(rules.crop_references.output.index, subject=wildcards.subject)
 

@@ -16,7 +16,7 @@ rule fit_avatar:
     benchmark:
         "<benchmarks>/fit_avatar/{subject}.tsv"
     wildcard_constraints:
-        subject=one_of(FITTED),
+        subject=pattern_without(CONFIG.imported),
     conda:
         "../envs/torch.yaml"
     threads: 4
@@ -46,7 +46,7 @@ rule import_avatar:
     benchmark:
         "<benchmarks>/import_avatar/{subject}.tsv"
     wildcard_constraints:
-        subject=one_of(IMPORTED),
+        subject=pattern_of(CONFIG.imported),
     conda:
         "../envs/torch.yaml"
     threads: 1

@@ -22,7 +22,7 @@ rule write_report:
     params:
         version=STAGE_VERSIONS["write_report"],
         results=lambda wildcards, output: str(Path(output.page).parent),
-        animations={name: drivings_of(name) for name in SUBJECTS},
+        animations={name: drivings_of(name) for name in CONFIG.subjects},
         configuration=CONFIG.settings.model_dump(mode="json"),
     message:
         "Writing the report"

@@ -66,7 +66,9 @@ rule sample_views:
         mmdm=rules.prepare_mmdm.output.folder,
         previous=previous_round,
     output:
-        latents="<results>/{subject}/views/rounds/{round}/{scatteritem}.safetensors",
+        latents=intermediate(
+            "<results>/{subject}/views/rounds/{round}/{scatteritem}.safetensors"
+        ),
     log:
         text="<logs>/sample_views/{subject}/{round}/{scatteritem}.log",
     benchmark:

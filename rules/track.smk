@@ -54,8 +54,8 @@ rule track_driving:
     params:
         version=STAGE_VERSIONS["track_driving"],
         settings=settings("tracking"),
-        start_frame=lambda wildcards: DRIVING[wildcards.driving].start_frame,
-        num_frames=lambda wildcards: DRIVING[wildcards.driving].num_frames,
+        start_frame=lambda wildcards: driving_row(wildcards).start_frame,
+        num_frames=lambda wildcards: driving_row(wildcards).num_frames,
     message:
         "{wildcards.driving}: tracking the driving sequence"
     script:

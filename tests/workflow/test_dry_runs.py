@@ -136,19 +136,52 @@ def test_single_run_needs_no_file_edited(tmp_path: Path) -> None:
     assert "results/s001/animation/d0/renders.mp4" not in result.stdout  # --quiet rules
 
 
-def test_hundred_subjects(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
-    """The whole plan of 100 subjects x 3 motions with 5 rounds of 8 shards."""
-    config = write_project(tmp_path, 100, 3)
+def plan_cost(folder: Path, config: Path) -> tuple[dict[str, int], float, float]:
+    """Jobs, seconds of CPU time (tests may share the machine) and GB of a plan."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    counts = dry_run(tmp_path, config)
-    # CPU time, because tests may share the machine with others.
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    record_property("cpu_seconds", seconds)
-    print(f"{sum(counts.values())} jobs planned in {seconds:.1f} s of CPU time")
-    assert counts["sample_views"] == 100 * 5 * 8
-    assert counts["animate_avatar"] == 300
-    # 12 s on an idle machine; the limit only catches a change of complexity.
-    assert seconds < 60
+    counts = dry_run(folder, config)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, gigabytes = usage.ru_utime - before, usage.ru_maxrss * 1024 / 1e9
+    print(f"{sum(counts.values())} jobs planned in {seconds:.1f} s of CPU time, {gigabytes:.2f} GB")
+    return counts, seconds, gigabytes
+
+
+def test_plan_of_sixty_subjects_is_quick(tmp_path: Path) -> None:
+    counts, seconds, _ = plan_cost(tmp_path, write_project(tmp_path, 60, 4))
+    assert counts["sample_views"] == 60 * 5 * 8
+    assert counts["animate_avatar"] == 240
+    # About 9 s; the limit only catches a change of complexity.
+    assert seconds < 30
+
+
+@pytest.mark.slow
+def test_plan_of_five_hundred_subjects(tmp_path: Path) -> None:
+    """28 008 jobs: figures in benchmarks/README.md."""
+    counts, seconds, gigabytes = plan_cost(tmp_path, write_project(tmp_path, 500, 4))
+    assert counts["sample_views"] == 500 * 5 * 8
+    assert sum(counts.values()) == 28_008
+    assert seconds < 90
+    assert gigabytes < 1.5
+
+
+def test_intermediates_are_deleted_unless_kept(tmp_path: Path) -> None:
+    config = write_project(tmp_path, 1, sampling={"num_shards": 2, "sync_steps": [0.5]})
+    words = ("--cores", "2", "-n", "--configfile", str(config))
+    deleted = run_snakemake(tmp_path, *words).stdout.count("Would remove temporary output")
+    assert deleted == 2 * 2  # rounds x shards
+    kept = run_snakemake(tmp_path, *words, "--config", "keep_intermediates=true")
+    assert kept.returncode == 0 and "temporary" not in kept.stdout
+
+
+def test_names_of_other_folders_and_unknown_names_match_no_rule(tmp_path: Path) -> None:
+    config = write_project(tmp_path, sampling={"num_views": 0})
+    (tmp_path / "driving.tsv").write_text("driving\tfit\ntracking\tdata/d0.npz\n")
+    words = ("--cores", "2", "-n", "--configfile", str(config))
+    # results/driving/tracking/fit.npz is not the fit of a subject named "driving".
+    assert run_snakemake(tmp_path, *words).returncode == 0
+    unknown = run_snakemake(tmp_path, "results/nobody/avatar/avatar.safetensors", *words)
+    assert unknown.returncode == 1
+    assert "'nobody' is no subject of" in unknown.stdout
 
 
 def test_bad_configuration_is_reported_at_once_and_without_traceback(tmp_path: Path) -> None:
