@@ -19,8 +19,8 @@ from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.demo.world import write_demo_held_out
 from cap4d_core.diffusion.autoencoder import Autoencoder
 from cap4d_core.evaluation.consistency import cross_view_consistency, error_parts
-from cap4d_core.evaluation.evaluate import render_view
 from cap4d_core.evaluation.metrics import dilated_mask, psnr_of_views
+from cap4d_core.evaluation.rendering import render_view
 from cap4d_core.evaluation.surface import SurfacePoints, surface_colors
 from cap4d_core.files.image_set import ImageSetItem, read_image_set, write_view_parameters
 from cap4d_core.files.images import read_grey, read_rgb, to_uint8, write_image

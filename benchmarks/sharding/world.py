@@ -22,8 +22,8 @@ from cap4d_core.diffusion.frames import read_reference_image, reference_views
 from cap4d_core.diffusion.seeding import derived_normal
 from cap4d_core.diffusion.view_plan import make_plan
 from cap4d_core.diffusion.view_plan_file import ViewPlan
-from cap4d_core.evaluation.evaluate import viewing_direction
 from cap4d_core.evaluation.metrics import dilated_mask, psnr_of_views
+from cap4d_core.evaluation.rendering import viewing_direction
 from cap4d_core.evaluation.surface import SurfaceColors, SurfacePoints, surface_colors
 from cap4d_core.files.image_set import ViewParameters
 from cap4d_core.files.tracking import read_tracked_subject
