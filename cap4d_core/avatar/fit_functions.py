@@ -152,8 +152,8 @@ def pose_function(avatar: GaussianAvatar) -> Callable[..., tuple[Tensor, ...]]:
 
 def pose_with(function: Callable[..., Any], maps: HeadMaps, splats: SplatTensors) -> PosedGaussians:
     """Calls a (compiled) `pose_function`."""
-    tensors = (varying(p) for p in splats.groups().values())
-    local = LocalSplats(*tensors, varying(splats.binding))
+    tensors = {name: varying(p) for name, p in splats.groups().items()}
+    local = LocalSplats(**tensors, binding=varying(splats.binding))
     (
         means, quats, scales, opacities, sh, deformation, rotation, face_scale,
         means_neutral, rotation_neutral, vertices, face_sizes, centre,

@@ -7,7 +7,7 @@ never changes: features of the deeper taps, which cost most per byte, are comput
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,10 @@ class FastLpips(nn.Module):
         if lpips.parity:
             raise ValueError("FastLpips: the parity mode of LPIPS is defined in float32")
         half, last = torch.bfloat16, torch.channels_last
-        self.weights = _frozen(c.weight.to(half, memory_format=last) for c in lpips.convolutions)
-        self.biases = _frozen(c.bias.to(half) for c in lpips.convolutions)
-        self.heads = _frozen(head.detach() for head in lpips.heads)
+        layers = list(lpips.convolutions.parameters())
+        self.weights = _frozen(p.to(half, memory_format=last) for p in layers if p.ndim == 4)
+        self.biases = _frozen(p.to(half) for p in layers if p.ndim == 1)
+        self.heads = _frozen(lpips.heads)
         self.blurs = _frozen(blur.to(half) for blur in lpips.blurs)
         self.register_buffer("shift", lpips.shift)
         self.register_buffer("scale", lpips.scale)
@@ -80,8 +81,8 @@ class FastLpips(nn.Module):
         return total
 
 
-def _frozen(tensors: object) -> nn.ParameterList:
-    return nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in tensors)  # type: ignore[attr-defined]
+def _frozen(tensors: Iterable[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList(nn.Parameter(t.detach(), requires_grad=False) for t in tensors)
 
 
 def _unit_length(x: Tensor) -> Tensor:
