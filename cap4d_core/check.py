@@ -55,6 +55,7 @@ def check_files(config: Config) -> list[str]:
     for key, path in (
         ("sampling.plan", sampling.plan),
         ("fitting.lpips_weights", fitting.lpips_weights),
+        ("evaluation.identity_model", config.settings.evaluation.identity_model),
     ):
         if path is not None and path != LPIPS_DOWNLOAD:
             attempt(key, partial(_require, path))

@@ -45,6 +45,7 @@ PATH_SETTINGS = (
     ("mmdm", "path"),
     ("sampling", "plan"),
     ("fitting", "lpips_weights"),
+    ("evaluation", "identity_model"),
 )
 # Words with a meaning of their own where a path is expected.
 PATH_WORDS = frozenset({"auto", "demo"})
@@ -137,10 +138,29 @@ class Config:
     keep_intermediates: bool = False
     check_disk_space: bool = True
 
+    def sets_aside(self, row: Subject) -> bool:
+        """Whether a part of the subject's own frames is kept back to measure the avatar on."""
+        return (
+            self.settings.evaluation.protocol != "ground_truth"
+            and row.held_out is None
+            and row.avatar is None
+        )
+
     @property
     def evaluated(self) -> tuple[str, ...]:
         """Subjects with images to compare with."""
-        return tuple(name for name, row in self.subjects.items() if row.is_evaluated)
+        return tuple(
+            name for name, row in self.subjects.items() if row.is_evaluated or self.sets_aside(row)
+        )
+
+    @property
+    def reenacted(self) -> tuple[tuple[str, str], ...]:
+        """(subject, driving) pairs whose subject has photos to compare with."""
+        return tuple(
+            (name, driving)
+            for name, driving in self.animations
+            if not self.subjects[name].avatar or self.subjects[name].is_evaluated
+        )
 
     @property
     def imported(self) -> tuple[str, ...]:

@@ -330,6 +330,32 @@ class AnimationSettings(StrictModel):
     )
 
 
+class EvaluationSettings(StrictModel):
+    """Measured quality (rules hold_out, evaluate_avatar, evaluate_reenactment, evaluate)."""
+
+    protocol: Literal["ground_truth", "held_out_frames", "held_out_cameras"] = Field(
+        "ground_truth",
+        description="What avatars are compared with: 'ground_truth' = demo people and the column "
+        "held_out of the subjects table; else a part of every subject's own frames or cameras, "
+        "which neither views nor avatar are made from then (docs/evaluation.md).",
+    )
+    fraction: Fraction = Field(
+        0.2, description="Share of the frames, or of the cameras, that is set aside."
+    )
+    seed: int = Field(0, ge=0, description="Which frames or cameras are set aside.")
+    max_frames: int = Field(
+        100, ge=3, description="Compare at most so many views, or frames of a performance."
+    )
+    mask_dilation: int = Field(
+        5, ge=0, description="Pixels by which the matte is grown that pictures are compared in."
+    )
+    identity_model: str | None = Field(
+        None,
+        description="Face recognition network (.onnx; aligned faces, RGB in -1..1) for identity "
+        "similarity; needs onnxruntime; null = without.",
+    )
+
+
 class DemoSettings(StrictModel):
     """The procedural world of demo subjects (rules make_demo_...)."""
 
@@ -348,6 +374,7 @@ class SubjectSettings(StrictModel):
     sampling: SamplingSettings = SamplingSettings()
     fitting: FittingSettings = FittingSettings()
     animation: AnimationSettings = AnimationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     demo: DemoSettings = DemoSettings()
 
 

@@ -19,7 +19,9 @@ from cap4d_core.settings import StrictModel
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 # Folders and files of the results folder that a subject's folder would collide with.
-RESERVED_NAMES = frozenset({"assets", "benchmarks", "demo", "driving", "index", "logs", "subjects"})
+RESERVED_NAMES = frozenset(
+    {"assets", "benchmarks", "demo", "driving", "evaluation", "index", "logs", "subjects"}
+)
 DEMO_PREFIX = "demo:"
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")

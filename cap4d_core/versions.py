@@ -23,7 +23,11 @@ STAGE_VERSIONS: dict[str, int] = {
     "fit_avatar": 1,
     "import_avatar": 1,
     "animate_avatar": 1,
+    "hold_out": 1,
+    "place_landmarks": 1,
     "evaluate_avatar": 1,
+    "evaluate_reenactment": 1,
+    "evaluate": 1,
     "write_report": 1,
     "make_demo": 1,
 }

@@ -110,6 +110,16 @@ def evaluation_files():
     return collect(rules.evaluate_avatar.output, subject=CONFIG.evaluated)
 
 
+def reenactment_files():
+    return [
+        path
+        for subject, driving in CONFIG.reenacted
+        for path in collect(
+            rules.evaluate_reenactment.output, subject=subject, driving=driving
+        )
+    ]
+
+
 def drivings_of(subject):
     return [driving for name, driving in CONFIG.animations if name == subject]
 
@@ -198,9 +208,46 @@ def driving_trajectory(wildcards):
     return row.trajectory or []
 
 
+def kept_fit(wildcards):
+    """The tracking, without the frames that are set aside to measure the avatar on."""
+    if CONFIG.sets_aside(subject_row(wildcards)):
+        return collect(rules.hold_out.output.fit, subject=wildcards.subject)
+    return collect(rules.track_subject.output.fit, subject=wildcards.subject)
+
+
+def kept_references(wildcards):
+    if CONFIG.sets_aside(subject_row(wildcards)):
+        return collect(rules.hold_out.output.references, subject=wildcards.subject)
+    return collect(rules.track_subject.output.references, subject=wildcards.subject)
+
+
 def held_out_images(wildcards):
     row = subject_row(wildcards)
+    if CONFIG.sets_aside(row):
+        return collect(rules.hold_out.output.held_out, subject=wildcards.subject)
     return row.held_out or f"{RESULTS}/demo/held_out/{row.subject}"
+
+
+def held_out_split(wildcards):
+    """How they were chosen; nothing where they were given."""
+    if CONFIG.sets_aside(subject_row(wildcards)):
+        return collect(rules.hold_out.output.split, subject=wildcards.subject)
+    return []
+
+
+def true_performance(wildcards):
+    """True pictures of a performance: of demo people only."""
+    if demo_seed(wildcards) is None or not CONFIG.uses_demo_head:
+        return []
+    return collect(
+        rules.make_demo_performance.output.folder,
+        subject=wildcards.subject,
+        driving=wildcards.driving,
+    )
+
+
+def identity_model(wildcards):
+    return CONFIG.settings.evaluation.identity_model or []
 
 
 def demo_seed(wildcards):

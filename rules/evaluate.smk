@@ -1,4 +1,38 @@
-"""Evaluation: renders of the avatar against images that it was not fitted on."""
+"""Evaluation: avatars against images that they were not fitted on, and driven by others."""
+
+
+rule hold_out:
+    input:
+        fit=rules.track_subject.output.fit,
+        references=rules.track_subject.output.references,
+        quality=rules.track_subject.output.quality,
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        # images/ and bg/ beside them are links to the tracked frames.
+        fit="<results>/{subject}/hold_out/fit.npz",
+        references="<results>/{subject}/hold_out/reference_images.json",
+        split="<results>/{subject}/hold_out/split.json",
+        held_out=directory("<results>/{subject}/hold_out/held_out"),
+    log:
+        text="<logs>/hold_out/{subject}.log",
+    benchmark:
+        "<benchmarks>/hold_out/{subject}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["hold_out"],
+        protocol=CONFIG.settings.evaluation.protocol,
+        fraction=CONFIG.settings.evaluation.fraction,
+        seed=CONFIG.settings.evaluation.seed,
+        resolution=CONFIG.settings.sampling.resolution,
+    message:
+        "{wildcards.subject}: setting frames aside"
+    script:
+        "../workflow_scripts/hold_out.py"
 
 
 rule evaluate_avatar:
@@ -7,8 +41,10 @@ rule evaluate_avatar:
         description=rules.fit_avatar.output.description,
         references=reference_images,
         held_out=held_out_images,
+        split=held_out_split,
         head_model=rules.prepare_head_model.output.folder,
         lpips=lpips_weights,
+        identity=identity_model,
     output:
         metrics="<results>/{subject}/evaluation/metrics.json",
     log:
@@ -25,7 +61,119 @@ rule evaluate_avatar:
     params:
         version=STAGE_VERSIONS["evaluate_avatar"],
         lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
+        settings=settings("evaluation"),
     message:
         "{wildcards.subject}: evaluating the avatar"
     script:
         "../workflow_scripts/evaluate_avatar.py"
+
+
+rule place_landmarks:
+    input:
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        landmarks="<results>/assets/landmarks/correspondence.npz",
+    log:
+        text="<logs>/place_landmarks.log",
+    benchmark:
+        "<benchmarks>/place_landmarks.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGE_VERSIONS["place_landmarks"],
+    message:
+        "Placing the landmarks on the head model"
+    script:
+        "../workflow_scripts/place_landmarks.py"
+
+
+rule make_demo_performance:
+    input:
+        driving=rules.track_driving.output.fit,
+    output:
+        folder=directory("<results>/demo/performances/{subject}/{driving}"),
+    log:
+        text="<logs>/make_demo_performance/{subject}/{driving}.log",
+    benchmark:
+        "<benchmarks>/make_demo_performance/{subject}/{driving}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["make_demo"],
+        seed=demo_seed,
+        crop_size=CONFIG.settings.sampling.resolution,
+        max_frames=CONFIG.settings.evaluation.max_frames,
+    message:
+        "{wildcards.subject}: making true pictures of {wildcards.driving}"
+    script:
+        "../workflow_scripts/make_demo_performance.py"
+
+
+rule evaluate_reenactment:
+    input:
+        avatar=rules.fit_avatar.output.avatar,
+        description=rules.fit_avatar.output.description,
+        references=reference_images,
+        driving=rules.track_driving.output.fit,
+        truth=true_performance,
+        landmarks=rules.place_landmarks.output.landmarks,
+        head_model=rules.prepare_head_model.output.folder,
+        lpips=lpips_weights,
+        identity=identity_model,
+    output:
+        metrics="<results>/{subject}/reenactment/{driving}/metrics.json",
+    log:
+        text="<logs>/evaluate_reenactment/{subject}/{driving}.log",
+    benchmark:
+        "<benchmarks>/evaluate_reenactment/{subject}/{driving}.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=8000,
+        runtime=60,
+    params:
+        version=STAGE_VERSIONS["evaluate_reenactment"],
+        lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
+        settings=settings("evaluation"),
+    message:
+        "{wildcards.subject}: evaluating the avatar driven by {wildcards.driving}"
+    script:
+        "../workflow_scripts/evaluate_reenactment.py"
+
+
+# Not part of the whole: `snakemake evaluate` asks for it.
+rule evaluate:
+    input:
+        subjects=evaluation_files(),
+        reenactments=reenactment_files(),
+    output:
+        summary="<results>/evaluation/summary.json",
+    log:
+        text="<logs>/evaluate.log",
+    benchmark:
+        "<benchmarks>/evaluate.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        version=STAGE_VERSIONS["evaluate"],
+        subjects=CONFIG.evaluated,
+        reenactments=CONFIG.reenacted,
+    message:
+        "Summarising the evaluations"
+    script:
+        "../workflow_scripts/evaluate.py"

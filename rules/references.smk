@@ -3,8 +3,8 @@
 
 rule crop_references:
     input:
-        fit=rules.track_subject.output.fit,
-        references=rules.track_subject.output.references,
+        fit=kept_fit,
+        references=kept_references,
         head_model=rules.prepare_head_model.output.folder,
     output:
         index="<results>/{subject}/crops/index.json",

@@ -3,8 +3,8 @@
 
 rule plan_views:
     input:
-        fit=rules.track_subject.output.fit,
-        references=rules.track_subject.output.references,
+        fit=kept_fit,
+        references=kept_references,
         head_model=rules.prepare_head_model.output.folder,
         own_plan=own_plan,
     output:
@@ -31,8 +31,8 @@ rule plan_views:
 
 rule encode_references:
     input:
-        fit=rules.track_subject.output.fit,
-        references=rules.track_subject.output.references,
+        fit=kept_fit,
+        references=kept_references,
         head_model=rules.prepare_head_model.output.folder,
         mmdm=rules.prepare_mmdm.output.folder,
     output:

@@ -295,3 +295,15 @@ def _write_image_set(
             write_image(folder / "mattes" / f"{i:05d}.png", matte.astype(np.uint8))
         if callback is not None:
             callback(Progress(i + 1, len(views), "picture"))
+
+
+def read_split(path: str | Path | None) -> dict[str, Any] | None:
+    """How frames were set aside (`split.json`), for the results: without the list of frames.
+
+    Raises:
+        InputFileError: no such file.
+    """
+    if path is None:
+        return None
+    content: dict[str, Any] = read_json(path, "a split of a subject's frames")
+    return {name: value for name, value in content.items() if name not in ("held_out", "kept")}
