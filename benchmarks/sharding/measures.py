@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,7 +80,10 @@ def write_strip(path: Path, row: np.ndarray) -> None:
 def avatar_psnr(
     person: Person, images: Tensor, head: Head, iterations: int, batch_size: int, device: str
 ) -> float:
-    """PSNR on held-out views of an avatar fitted to references and views, demo preset."""
+    """PSNR on held-out views of an avatar fitted to references and views, demo preset.
+
+    Iterations count views, `batch_size` at a time.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
         size = images.shape[1]
@@ -89,14 +91,11 @@ def avatar_psnr(
         data = load_image_data([items]).to(device)
         head_model = HeadModel.load(head.folder, lower_jaw=True).to(device)
         values: dict[str, Any] = dict(PRESETS["demo"]["fitting"])
+        values |= {"iterations": iterations, "batch_size": batch_size, "compile": "off"}
         settings = FittingSettings(**values)
-        settings = settings.model_copy(
-            update={"iterations": iterations, "batch_size": batch_size, "lpips_weights": None}
-        )
         avatar = GaussianAvatar.create(head_model, data.shape, settings).to(device)
         trainer = AvatarTrainer(avatar, data, settings)
-        trainer.split = replace(trainer.split, train=list(range(len(data))), held_out=[])
-        for iteration in range(1, iterations + 1):
+        for iteration in range(trainer.batch_size, iterations + 1, trainer.batch_size):
             trainer.step(iteration)
         trainer.finish()
         write_demo_held_out(folder / "held_out", person.seed, crop_size=size, device=device)
