@@ -159,10 +159,25 @@ def write_safetensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata=dict(metadata or {}))
+        _sort_metadata(temporary)
         # The library makes files that only their owner can read; results are shared.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata in order: the library's is random, and equal results have equal bytes."""
+    with open(path, "rb+") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # as the library writes it; spaces at the end are part of the format
+            handle.seek(8)
+            handle.write(text.ljust(size))
 
 
 def read_safetensors(

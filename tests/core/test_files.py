@@ -6,10 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cap4d_core.errors import InputFileError
-from cap4d_core.files.basic import atomic_path, read_json, read_npz, write_json, write_npz
+from cap4d_core.files.basic import (
+    atomic_path,
+    read_json,
+    read_npz,
+    read_safetensors,
+    write_json,
+    write_npz,
+    write_safetensors,
+)
 from cap4d_core.files.image_set import (
     ViewParameters,
     read_image_set,
@@ -228,3 +237,17 @@ def test_invalid_json_says_where(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": 1,}')
     with pytest.raises(InputFileError, match="line 1"):
         read_json(tmp_path / "a.json")
+
+
+def test_equal_tensors_have_equal_bytes(tmp_path: Path) -> None:
+    """The library writes metadata in random order."""
+    tensors = {"latents": torch.arange(6.0).reshape(2, 3), "ids": torch.arange(2)}
+    metadata = {"step": "3", "größe": 'a "b"\n', "fingerprint": "ff", "a": "", "z": "{}"}
+    contents = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        write_safetensors(path, tensors, dict(reversed(metadata.items())))
+        contents.add(path.read_bytes())
+        again, read = read_safetensors(path)
+        assert read == metadata and torch.equal(again["latents"], tensors["latents"])
+    assert len(contents) == 1
