@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cap4d_core.diffusion.step_grid import is_valid_step_count
+
 # Demo subjects below this number are never trained on: they are for use and for evaluation.
 FIRST_TRAINING_SEED = 10_000
 
@@ -25,8 +27,22 @@ class TrainingDataSettings(_Strict):
 
     folders: list[str] = Field(
         default_factory=list,
-        description="Tracking folders (fit.npz, reference_images.json, images/, bg/); every listed "
-        "frame is used. `*` and `?` stand for any characters.",
+        description="Tracking folders (fit.npz, images/, bg/, reference_images.json), one person "
+        "each; `*` and `?` stand for any characters.",
+    )
+    frames: Literal["all", "listed"] = Field(
+        "all",
+        description="all = every picture that the fit covers; listed = those in "
+        "reference_images.json.",
+    )
+    frame_step: int = Field(1, ge=1, description="Every n-th frame of a recording.")
+    max_frames: int | None = Field(
+        None, ge=2, description="At most so many per folder, evenly spaced; null = all."
+    )
+    validation_folders: list[str] = Field(
+        default_factory=list,
+        description="Tracking folders that are not trained on but looked at: validation loss, "
+        "quality and pictures on the way.",
     )
     demo_subjects: int = Field(0, ge=0, description="Procedural people, besides the folders.")
     demo_first_seed: int = Field(
@@ -36,6 +52,9 @@ class TrainingDataSettings(_Strict):
     )
     demo_views: int = Field(24, ge=2, description="Pictures per demo subject.")
     demo_supersample: int = Field(2, ge=1, description="Samples per pixel and axis.")
+    demo_validation: int = Field(
+        4, ge=0, description="Demo people for validation, when there are some to train on."
+    )
     processes: int = Field(0, ge=0, description="Processes that make demo people; 0 = in place.")
 
     @model_validator(mode="after")
@@ -60,6 +79,9 @@ class OptimizerSettings(_Strict):
     ema_decay: Share = Field(0.9999, description="Of the averaged weights, which are what is used.")
     checkpoint_every: int = Field(1_000, ge=1, description="Steps between resumable states.")
     log_every: int = Field(50, ge=1, description="Steps between entries of metrics.jsonl.")
+    sample_every: int = Field(
+        5_000, ge=1, description="Steps between validations, with a picture each."
+    )
 
 
 class AutoencoderTrainingSettings(OptimizerSettings):
@@ -104,12 +126,15 @@ class DenoiserTrainingSettings(OptimizerSettings):
         "none", description="min_snr: errors at little noise count less (Hang et al. 2023)."
     )
     min_snr_gamma: PositiveFloat = Field(5.0, description="Signal-to-noise ratio from which on.")
-    sample_every: int = Field(5_000, ge=1, description="Steps between grids of samples.")
+    sample_steps: int = Field(50, ge=1, description="Denoising steps of validation pictures.")
+    sample_guidance: float = Field(2.0, ge=0.0, description="Their classifier-free guidance.")
 
     @model_validator(mode="after")
     def _has_references(self) -> Self:
         if sum(self.reference_weights) <= 0:
             raise ValueError("reference_weights are all 0")
+        if not is_valid_step_count(self.sample_steps):
+            raise ValueError(f"sample_steps: {self.sample_steps} steps are not possible; try 50")
         return self
 
 
@@ -117,9 +142,14 @@ class TrainingSettings(_Strict):
     """Everything about a training run."""
 
     name: str = Field(
-        "mmdm", pattern=r"^[A-Za-z0-9_-]+$", description="Folder of the run below training/."
+        "mmdm",
+        pattern=r"^[a-z0-9][a-z0-9_-]*$",
+        max_length=64,
+        description="The run is results/training/{name}; its model is below that, in model/.",
     )
-    data: TrainingDataSettings | None = Field(None, description="What is trained on.")
+    data: TrainingDataSettings | None = Field(
+        None, description="What is trained on; null = nothing, the rule is not used."
+    )
     model: dict[str, Any] = Field(
         default_factory=dict,
         description="Sizes of the model (docs/training.md); default: the start weights', else the "
@@ -130,8 +160,13 @@ class TrainingSettings(_Strict):
         description="Weights to start from: a folder of ours, a released .ckpt, or a folder in the "
         "layout of Stable Diffusion 2.1 (unet/, vae/); none = from scratch.",
     )
+    autoencoder_start: str | None = Field(
+        None,
+        description="Autoencoder to start from instead of the start weights': any of the above, or "
+        "a diffusers AutoencoderKL folder.",
+    )
     train_autoencoder: bool = Field(
-        False, description="Train the autoencoder too, first; else the start weights' is used."
+        False, description="Train the autoencoder too, first; else it is used as it is."
     )
     autoencoder: AutoencoderTrainingSettings = AutoencoderTrainingSettings(
         steps=50_000, batch_size=8, ema_decay=0.999
@@ -141,8 +176,12 @@ class TrainingSettings(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16 = mixed precision; auto = bf16 on GPUs that have it."
     )
-    compile: bool = Field(False, description="Compile the networks (CUDA); faster after minutes.")
+    compile: bool = Field(
+        False, description="Compile the networks (CUDA): minutes at the start, faster steps."
+    )
     keep_data_on: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="Where prepared frames are kept; auto = GPU where they fit."
+        "auto",
+        description="cpu = memory-mapped files, which may be larger than the memory; gpu = a copy "
+        "on every GPU; auto = gpu where they fit.",
     )
     stored_dtype: Literal["fp32", "bf16"] = Field("fp32", description="Type of the result.")
