@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from cap4d_core.demo import anatomy, fields
+from cap4d_core.demo import fields
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Materials, index into `rendering.MATERIALS`.
-SKIN, EYE, HAIR, TOOTH, FLESH, CLOTH = range(6)
+SKIN, EYE, HAIR, TOOTH, FLESH, CLOTH, FRAME, METAL = range(8)
 
 
 @dataclass(frozen=True)
@@ -169,52 +169,4 @@ def _piece(
         np.full((n, 3), 1 / 3),
         False,
         np.full(n, on_jaw),
-    )
-
-
-def collar(
-    skin: Array, color: Array, neckline: float, trim: float, rng: np.random.Generator
-) -> Attachment:
-    """A shirt: a band around the neck that widens to the shoulders.
-
-    Args:
-        skin: (V,3) rest vertices in metres.
-        color: (3,) linear albedo.
-        neckline: how far below the default the front of the collar sits, mm.
-        trim: relative brightness of the rim.
-        rng: for the weave.
-    """
-    rows, cols = 22, 72
-    lon = 2 * np.pi * (np.arange(cols) + 0.5) / cols
-    s = np.linspace(0, 1, rows)
-    front = 0.5 + 0.5 * np.cos(lon)
-    top = -113.0 - (14.0 + neckline) * front
-    ss, tt = np.meshgrid(s, lon, indexing="ij")
-    y = top[None] * (1 - ss) + (-265.0 + 62.0 * np.abs(np.sin(tt)) ** 2) * ss
-    at = np.clip(y, -170.0, None)
-    direction = np.stack([np.sin(tt), np.zeros_like(tt), np.cos(tt)], -1).reshape(-1, 3)
-    origin = np.stack([np.zeros(at.size), at.ravel(), np.full(at.size, -42.0)], -1)
-    # Rays that are the same, or each other's mirror image, are followed once.
-    height = np.where(at > -170.0, np.arange(rows)[:, None], -1)
-    mirror = np.minimum(np.arange(cols), cols - 1 - np.arange(cols))
-    _, first, copy = np.unique(
-        (height * cols + mirror).ravel(), return_index=True, return_inverse=True
-    )
-    r = np.full(len(first), 130.0)
-    for _ in range(30):
-        r -= 0.85 * (anatomy.head_distance(origin[first] + r[:, None] * direction[first]) - 2.2)
-    r = r[copy.ravel()]
-    widen = np.clip((ss.ravel() - 0.10) / 0.90, 0, 1)
-    lateral = np.abs(np.sin(tt)).ravel()
-    r = r + widen**1.1 * (30.0 + 125.0 * lateral**2)
-    # The hem stands off the skin and curls in.
-    r += np.where(ss.ravel() == 0, -1.6, 1.4 * np.exp(-(((ss.ravel() - 0.05) / 0.05) ** 2)))
-    p = origin + r[:, None] * direction
-    p[:, 1] = y.ravel()
-    weave = 1.0 + 0.05 * rng.standard_normal((rows, cols, 1))
-    rim = np.where(ss[..., None] < 0.13, trim, 1.0)
-    col = np.clip(color * weave * rim, 0.004, 0.95).reshape(-1, 3)
-    idx, w = bind(1e-3 * p, skin)
-    return Attachment(
-        1e-3 * p, grid_faces(rows, cols, True), col, CLOTH, idx, w, False, np.zeros(len(p), bool)
     )

@@ -112,19 +112,29 @@ def build_demo_head() -> DemoHead:
     jaw = np.zeros((expressions.NUM_EXPRESSION, 3))
     jaw[expressions.index_of("jaw_open"), 0] = expression_basis.JAW_ANGLE_PER_UNIT
     jaw[expressions.index_of("jaw_left"), 1] = 0.055
-    normal = _vertex_normals(pts.p, faces)
+    normal = vertex_normals(pts.p, faces)
     visibility = np.ones(len(rest))
     visibility[:n_skin] = anatomy.occlusion(pts.p[:n_skin], normal[:n_skin])
     return DemoHead(model, rest, faces, uv, disc, blink, jaw, joints, pts, visibility)
 
 
-def _vertex_normals(v: Array, faces: Ints) -> Array:
+def vertex_normals(v: Array, faces: Ints) -> Array:
+    """Unit normals (V,3) of a mesh, weighted by the areas of its triangles."""
     n = np.cross(v[faces[:, 1]] - v[faces[:, 0]], v[faces[:, 2]] - v[faces[:, 0]])
     out = np.zeros_like(v)
     for k in range(3):
         np.add.at(out, faces[:, k], n)
     unit: Array = out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
     return unit
+
+
+def shaped(head: DemoHead, shape: Array) -> Array:
+    """The head at rest (5023,3) of an identity (S,), metres."""
+    out = head.rest.copy()
+    basis = np.asarray(head.model["shapedirs"])
+    for k in np.flatnonzero(shape):
+        out += shape[k] * basis[:, :, k]
+    return out
 
 
 def write_demo_head(folder: str | Path) -> Path:

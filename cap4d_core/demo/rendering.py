@@ -26,8 +26,8 @@ from cap4d_core.flame.model import HeadModel
 from cap4d_core.geometry.mesh_rasterizer import RasterizerBackend, rasterize
 from cap4d_core.geometry.rotations import rodrigues
 
-# Rows: skin, eye, hair, tooth, flesh, cloth. Columns: specular strength, exponent, wrap of red,
-# green, blue.
+# Rows: skin, eye, hair, tooth, flesh, cloth, frame, metal. Columns: specular strength, exponent,
+# wrap of red, green, blue.
 MATERIALS = torch.tensor(
     [
         [0.16, 18.0, 0.34, 0.22, 0.17],
@@ -36,6 +36,8 @@ MATERIALS = torch.tensor(
         [0.35, 40.0, 0.40, 0.36, 0.32],
         [0.30, 24.0, 0.35, 0.22, 0.18],
         [0.02, 8.0, 0.30, 0.30, 0.30],
+        [0.45, 60.0, 0.30, 0.30, 0.30],
+        [1.20, 40.0, 0.35, 0.35, 0.35],
     ]
 )
 _INSIDE = torch.tensor(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo import fields, hair
+from cap4d_core.demo import facial_hair, fields, hair
+from cap4d_core.demo.noise import Noise
 from cap4d_core.demo.skin_zones import (
     Floats,
     Ints,
@@ -51,40 +52,8 @@ class Face:
     age: float
     scalp: Array | None
     hair_style: hair.HairStyle | None
-
-
-class Noise:
-    """Smooth noise of points, about unit variance; waves are drawn first, evaluated anywhere."""
-
-    def __init__(self, wavelength: float, rng: np.random.Generator, octaves: int = 1) -> None:
-        waves, phases, gains = [], [], []
-        gain = 1.0
-        for _ in range(octaves):
-            k = rng.standard_normal((5, 3))
-            k *= (2 * np.pi / wavelength) / np.linalg.norm(k, axis=1, keepdims=True)
-            waves.append(k)
-            phases.append(rng.uniform(0, 2 * np.pi, 5))
-            gains.append(np.full(5, gain))
-            gain *= 0.6
-            wavelength *= 0.47
-        strength = np.concatenate(gains)
-        norm = np.sqrt((strength**2).sum() / 5)
-        self.waves = np.concatenate(waves).astype(np.float32)
-        self.phases = np.concatenate(phases).astype(np.float32)
-        self.gains = (0.63 * strength / norm).astype(np.float32)
-
-    def at(self, x: Floats, y: Floats, z: Floats) -> Floats:
-        """Values (N,) at points."""
-        out = np.zeros(len(x), np.float32)
-        for (kx, ky, kz), phase, gain in zip(self.waves, self.phases, self.gains, strict=True):
-            wave = x * kx
-            wave += y * ky
-            wave += z * kz
-            wave += phase
-            np.sin(wave, out=wave)
-            wave *= gain
-            out += wave
-        return out
+    beard: facial_hair.BeardStyle | None = None
+    beard_color: Array | None = None
 
 
 class _Canvas:
@@ -106,8 +75,16 @@ class _Canvas:
             plane[index] = old * (1 - w) + other * w
 
 
-def paint(face: Face, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+def paint(
+    face: Face, size: int, rng: np.random.Generator, beard_rng: np.random.Generator
+) -> NDArray[np.float32]:
     """Paint the atlas.
+
+    Args:
+        face: what to paint.
+        size: side of the atlas in pixels.
+        rng: noise, freckles and moles.
+        beard_rng: the roots of a beard, apart so that a beard changes nothing else.
 
     Returns:
         (size, size, 3) linear albedo.
@@ -142,6 +119,8 @@ def paint(face: Face, size: int, rng: np.random.Generator) -> NDArray[np.float32
     _paint_brows(canvas, face, t, zone, rng)
     if face.scalp is not None and face.hair_style is not None:
         _paint_scalp(canvas, face.scalp, face.hair_style, t, rng)
+    if face.beard is not None and face.beard_color is not None:
+        _paint_beard(canvas, face.beard, face.beard_color, t, zone, beard_rng)
     canvas.c *= zone.shade
     for index in zone.eyes:
         canvas.c[:, index] = _eye(face, t.disc[index].astype(np.float64), rng).T
@@ -240,6 +219,24 @@ def _paint_scalp(
     points = np.stack([x[ear], y[ear], z[ear]], -1)
     root[ear] *= 1 - fields.bump(points, (76, 3, -44), (10, 30, 18))
     canvas.mix(k, color, 0.88 * root)
+
+
+def _paint_beard(
+    canvas: _Canvas,
+    style: facial_hair.BeardStyle,
+    color: Array,
+    t: Texels,
+    zone: Zones,
+    rng: np.random.Generator,
+) -> None:
+    """Under the beard, so that its shell looks rooted and its edge soft."""
+    k = zone.lower_face
+    x, y, z = t.x[k], t.y[k], t.z[k]
+    ragged, grain = Noise(7.0, rng, 2).at(x, y, z), Noise(3.5, rng, 2).at(x, y, z)
+    points = np.asfortranarray(np.stack([x, y, z], -1).astype(np.float64))
+    cover = facial_hair.coverage(style, points, ragged.astype(np.float64))
+    strength = 0.5 if style.name == "stubble" else 0.75
+    canvas.mix(k, color, strength * cover * np.clip(0.85 + 0.2 * grain, 0, 1))
 
 
 def _eye(face: Face, disc: Array, rng: np.random.Generator) -> Array:

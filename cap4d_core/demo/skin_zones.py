@@ -79,6 +79,7 @@ class Zones:
     eye_corner: Zone
     crease: Zone
     brows: Ints
+    lower_face: Ints  # what a beard may cover
     shade: Floats  # of every texel
     eyes: tuple[Ints, Ints]
 
@@ -226,6 +227,7 @@ def zones(size: int) -> Zones:
         eye_corner=_zone(bump(16.5, 20.5, 44, 2.6, 2.2, 6.0) * skin),
         crease=_zone(crease),
         brows=np.where((a > 9) & (a < 51) & (y > 12) & (y < 68) & (z > 10) & skin)[0],
+        lower_face=np.where((y < 20) & (y > -130) & (z > -45) & skin)[0],
         shade=np.where(skin, 0.42 + 0.58 * t.visibility, 1.0).astype(np.float32),
         eyes=(np.where(t.part == 1)[0], np.where(t.part == 2)[0]),
     )

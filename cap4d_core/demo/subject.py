@@ -6,9 +6,8 @@ The lights are fixed to the head, not to the room: a head that turns before a st
 exactly like a camera that goes round a still head, which is what spherical-harmonic colours of a
 head-fixed avatar can represent.
 
-New traits (glasses, beards as geometry) are new draws at the END of `draw_traits` and new
-attachments in `make_subject`; draws come from a generator of their own per trait, so that adding
-one changes no other.
+New traits are new draws at the END of `draw_traits` and new attachments in `make_subject`; draws
+come from a generator of their own per trait, so that adding one changes no other.
 """
 
 from __future__ import annotations
@@ -19,7 +18,17 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from cap4d_core.demo import attachments, hair, head, identity_basis, skin_paint
+from cap4d_core.demo import (
+    attachments,
+    clothing,
+    facial_hair,
+    glasses,
+    hair,
+    head,
+    identity_basis,
+    jewellery,
+    skin_paint,
+)
 
 Array = NDArray[np.float64]
 
@@ -112,6 +121,10 @@ class Traits:
     tooth: Array
     gum: Array
     lighting: Lighting
+    garment: clothing.Garment
+    glasses: glasses.GlassesStyle | None
+    frame: Array
+    earrings: jewellery.Earrings | None
 
 
 @dataclass(frozen=True)
@@ -238,6 +251,7 @@ def draw_traits(seed: int) -> Traits:
         if color_name not in ("white", "platinum")
         else hair_color * 0.42
     )
+    beard, beard_color = _beard(_rng(seed, "chin"), m, age, color_name, hair_color)
     face = skin_paint.Face(
         skin=skin,
         blush=float(r.uniform(0.35, 1.1) * (1 - 0.5 * depth)),
@@ -260,11 +274,14 @@ def draw_traits(seed: int) -> Traits:
         age=age,
         scalp=None if style is None else (0.62 * hair_color + 0.25 * skin),
         hair_style=style,
+        beard=beard,
+        beard_color=beard_color,
     )
     r = _rng(seed, "clothes")
     shirt = linear(_SHIRT[int(r.integers(len(_SHIRT)))]) * float(r.uniform(0.8, 1.15))
     neckline = float(r.uniform(0.0, 14.0))
     tooth = np.array([0.80, 0.76, 0.66]) * float(r.uniform(0.9, 1.05))
+    spectacles, frame = _glasses(_rng(seed, "frame"), m, age)
     return Traits(
         seed,
         m,
@@ -277,7 +294,57 @@ def draw_traits(seed: int) -> Traits:
         tooth,
         np.array([0.44, 0.17, 0.16]),
         _lighting(_rng(seed, "light")),
+        _garment(_rng(seed, "garment"), shirt),
+        spectacles,
+        frame,
+        _earrings(_rng(seed, "earrings"), m),
     )
+
+
+def _beard(
+    rng: np.random.Generator, m: float, age: float, color_name: str, hair_color: Array
+) -> tuple[facial_hair.BeardStyle | None, Array]:
+    """A third of the masculine half has a beard or a moustache."""
+    grown = rng.uniform() < 0.36
+    names = list(facial_hair.STYLES)
+    style = facial_hair.STYLES[names[int(rng.choice(len(names), p=facial_hair.SHARES))]]
+    color = hair_color * rng.uniform(0.75, 1.1)
+    if color_name in ("blond", "dark_blond", "brown", "chestnut") and rng.uniform() < 0.35:
+        color = 0.5 * color + 0.5 * linear(_HAIR["ginger"])
+    if age > 0.5 and rng.uniform() < 0.4:
+        color = 0.35 * color + 0.65 * linear(_HAIR["grey"])
+    return (style if grown and m > 0.62 else None), np.clip(color, 0.006, 0.85)
+
+
+def _glasses(
+    rng: np.random.Generator, m: float, age: float
+) -> tuple[glasses.GlassesStyle | None, Array]:
+    worn = rng.uniform() < 0.15 + 0.12 * age
+    weight = np.array([1.0 if s.suits(m) else 0.0 for s in glasses.STYLES.values()])
+    names = list(glasses.STYLES)
+    style = glasses.STYLES[names[int(rng.choice(len(names), p=weight / weight.sum()))]]
+    colors = glasses.METAL if style.metal else glasses.PLASTIC
+    # Dark frames are the most common.
+    k = min(int(rng.exponential(0.3) * len(colors)), len(colors) - 1)
+    return (style if worn else None), linear(colors[k]) * rng.uniform(0.8, 1.2)
+
+
+def _garment(rng: np.random.Generator, shirt: Array) -> clothing.Garment:
+    kind = str(rng.choice(clothing.KINDS, p=[0.36, 0.15, 0.24, 0.11, 0.14]))
+    pattern = str(rng.choice(clothing.PATTERNS, p=[0.62, 0.18, 0.10, 0.10]))
+    second = linear(_SHIRT[int(rng.integers(len(_SHIRT)))]) * rng.uniform(0.8, 1.15)
+    if np.abs(second - shirt).max() < 0.15:  # must be seen
+        second = 0.25 * shirt if shirt.mean() > 0.3 else 0.3 * shirt + 0.6
+    if kind in ("turtleneck", "hoodie") and pattern == "checks":
+        pattern = "plain"
+    return clothing.Garment(kind, pattern, np.clip(second, 0.01, 0.85), rng.uniform(13.0, 26.0))
+
+
+def _earrings(rng: np.random.Generator, m: float) -> jewellery.Earrings | None:
+    worn = rng.uniform() < (0.40 if m < 0.4 else 0.15 if m < 0.62 else 0.05)
+    kind = str(rng.choice(jewellery.KINDS))
+    color = linear(str(rng.choice(jewellery.COLORS)))
+    return jewellery.Earrings(kind, color, float(rng.uniform(0.8, 1.3))) if worn else None
 
 
 def _lighting(rng: np.random.Generator) -> Lighting:
@@ -302,16 +369,29 @@ def make_subject(seed: int, texture_size: int = 512) -> Subject:
     traits = draw_traits(seed)
     h = head.build_demo_head()
     skin = h.rest[h.points.skin]
-    texture = skin_paint.paint(traits.face, texture_size, _rng(seed, "paint"))
+    texture = skin_paint.paint(
+        traits.face, texture_size, _rng(seed, "paint"), _rng(seed, "beard_roots")
+    )
     rim = np.where(h.points.lip_ring == 0)[0]
     p = h.points.p[rim]
     ids = np.array(
         [rim[np.argmin(np.abs(p[:, 0]))], rim[np.argmax(p[:, 0])], rim[np.argmin(p[:, 0])]]
     )
     parts = attachments.mouth_interior(skin, ids, traits.tooth, traits.gum)
-    parts.append(attachments.collar(skin, traits.shirt, traits.neckline, 0.82, _rng(seed, "weave")))
+    weave = _rng(seed, "weave")
+    parts += clothing.wear(traits.garment, traits.shirt, traits.neckline, skin, weave)
     if traits.hair_style is not None:
         parts.append(
             hair.build_hair(traits.hair_style, traits.hair_color, skin, _rng(seed, "strands"))
         )
+    face = traits.face
+    if face.beard is not None and face.beard_color is not None:
+        strands = _rng(seed, "beard_strands")
+        parts.append(facial_hair.build_beard(face.beard, face.beard_color, face.skin, strands))
+    if traits.glasses is not None or traits.earrings is not None:
+        shaped = head.shaped(h, traits.shape)
+        if traits.glasses is not None:
+            parts.append(glasses.build_glasses(traits.glasses, traits.frame, h, shaped))
+        if traits.earrings is not None:
+            parts.append(jewellery.build_earrings(traits.earrings, h, shaped))
     return Subject(traits, traits.shape, texture, tuple(parts))
