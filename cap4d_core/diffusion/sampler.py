@@ -23,6 +23,12 @@ from torch import Tensor
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.grouping import Grouping
 from cap4d_core.diffusion.schedule import NoiseSchedule
+from cap4d_core.diffusion.solvers import (
+    needs_previous,
+    predicted_clean,
+    solver_grid,
+    step_latents,
+)
 from cap4d_core.errors import DivergedError
 from cap4d_core.progress import Progress, ProgressCallback
 
@@ -86,6 +92,8 @@ def sample_stochastic_io(
     callback: ProgressCallback | None = None,
     *,
     batches_per_call: int = 1,
+    solver: str = "ddim",
+    clean_before: Tensor | None = None,
 ) -> Tensor:
     """Runs steps `start_step` to `end_step - 1` of stochastic I/O sampling.
 
@@ -110,6 +118,9 @@ def sample_stochastic_io(
         end_step: step after the last; None = all.
         callback: called after every step with a SamplingProgress.
         batches_per_call: batches put into one network call; memory against launches.
+        solver: "ddim" or "dpm-solver++", see `solvers`.
+        clean_before: (N, 4, h, w) `predicted_clean` of the step before `start_step`, which a solver
+            of second order needs to go on as if there had been no break.
 
     Returns:
         (N, 4, h, w) float32 scaled latents after the last step run.
@@ -118,7 +129,7 @@ def sample_stochastic_io(
         ValueError: sizes that do not fit.
         DivergedError: the network returned NaN or infinity.
     """
-    grid = schedule.ddim(num_steps)
+    grid = solver_grid(schedule, num_steps, solver)
     total = len(grid)
     stop = total if end_step is None else end_step
     if not 0 <= start_step <= stop <= total:
@@ -136,6 +147,8 @@ def sample_stochastic_io(
     prepare = getattr(denoiser, "prepare", functools.partial(PlainStep, denoiser))
     noise_of_step: StepNoise = prepare(references, generated, guidance_scale, batches_per_call)
     latents = noise.to(torch.float32)
+    second_order = needs_previous(solver)
+    previous = None if clean_before is None else clean_before.to(latents)
     for step in range(start_step, stop):
         reference_batches, view_batches = _checked_batches(
             grouping, step, len(noise), num_references, num_generated
@@ -150,11 +163,12 @@ def sample_stochastic_io(
                 "sampling.precision 'fp16' this is an overflow: use 'bf16' or 'fp32'. Otherwise "
                 "the weights or the tracking are damaged."
             )
-        # float() of a float32 is exact, and torch multiplies float32 tensors in float32.
-        updated = latents * float(grid.x_factor[at]) + prediction * float(grid.e_factor[at])
+        clean = None
+        if callback is not None or second_order:
+            clean = predicted_clean(grid, at, latents, prediction)
+        before = previous if second_order else None
+        updated = step_latents(grid, at, latents, prediction, clean, before)
         if callback is not None:
-            alpha = float(grid.alphas[at])
-            clean = (latents - prediction * (1 - alpha) ** 0.5) / alpha**0.5
             callback(
                 SamplingProgress(
                     done=step + 1,
@@ -165,7 +179,7 @@ def sample_stochastic_io(
                     predicted_clean=clean,
                 )
             )
-        latents = updated
+        latents, previous = updated, clean
     return latents if latents is not noise else noise.clone()
 
 

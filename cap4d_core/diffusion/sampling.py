@@ -1,7 +1,8 @@
 """One shard of one round of sampling: the unit of work of the GPU jobs (rule sample_views).
 
-A shard file holds `latents` (n, 4, h, w) and `view_ids` (n,) after the round's last step. The next
-round reads all shard files of this one and deals the views anew.
+A shard file holds `latents` (n, 4, h, w) and `view_ids` (n,) after the round's last step, with
+solvers of second order also `clean`, what was predicted as clean in it. The next round reads all
+shard files of this one and deals the views anew.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_fr
 from cap4d_core.diffusion.round_plan import round_steps
 from cap4d_core.diffusion.sampler import SamplingProgress, sample_stochastic_io
 from cap4d_core.diffusion.sampling_checkpoint import SamplingCheckpoint, fingerprint
+from cap4d_core.diffusion.solvers import needs_previous
 from cap4d_core.diffusion.step_grid import ddim_step_count
 from cap4d_core.diffusion.view_plan_file import ViewPlan, read_plan
 from cap4d_core.errors import DeadlineError, InputFileError, UserError
@@ -62,6 +64,7 @@ _RELEVANT = (
     "resolution",
     "num_shards",
     "sync_steps",
+    "solver",
     "seed",
 )
 
@@ -132,7 +135,7 @@ def sample_views(
     route = choose_route(settings, device, len(view_ids) // per_iteration, stop - start)
 
     model = load_model(mmdm_dir, settings, device)
-    latents = _starting_latents(plan, view_ids, previous_round_files, model, settings, start)
+    latents, clean = _starting_state(plan, view_ids, previous_round_files, model, settings, start)
     references = _reference_latents(reference_latents, plan, model)
     name = fingerprint(
         {
@@ -158,7 +161,7 @@ def sample_views(
     )
     resumed = checkpoint.load(start, stop, tuple(latents.shape))
     if resumed is not None:
-        start, latents = resumed
+        start, latents, clean = resumed
     logger.info(
         "%s: round %d of %d, shard %d of %d: %d views, steps %d to %d of %d, %s, %s%d "
         "batch(es) per call.",
@@ -174,12 +177,18 @@ def sample_views(
     preview = output.with_suffix(".png")
     denoiser = route_denoiser(model.denoiser, route, Path(mmdm_dir).parent / "compiled")
 
+    def to_keep(progress: SamplingProgress) -> Tensor | None:
+        return progress.predicted_clean if needs_previous(settings.solver) else None
+
+    last_clean = clean
+
     def after_step(progress: Progress) -> None:
+        nonlocal last_clean
         assert isinstance(progress, SamplingProgress)
         assert progress.latents is not None and progress.predicted_clean is not None
-        finished = progress.step + 1
+        finished, last_clean = progress.step + 1, to_keep(progress)
         if finished < stop:
-            checkpoint.save_if_due(progress.step, progress.latents)
+            checkpoint.save_if_due(progress.step, progress.latents, last_clean)
         every = settings.preview_every_steps
         if finished == stop or (every and finished % every == 0):
             write_image(preview, _preview(model, progress.predicted_clean, settings))
@@ -188,7 +197,7 @@ def sample_views(
                 callback(progress)
             except DeadlineError:
                 if finished < stop:  # else the shard is complete
-                    checkpoint.save(progress.step, progress.latents)
+                    checkpoint.save(progress.step, progress.latents, last_clean)
                     raise
 
     with torch.no_grad(), matmul_precision(precision):
@@ -215,10 +224,13 @@ def sample_views(
             end_step=stop,
             callback=after_step,
             batches_per_call=route.batches_per_call,
+            solver=settings.solver,
+            clean_before=clean,
         )
     write_safetensors(
         output,
-        {"latents": final, "view_ids": torch.tensor(view_ids)},
+        {"latents": final, "view_ids": torch.tensor(view_ids)}
+        | ({} if last_clean is None else {"clean": last_clean}),
         {"next_step": str(stop), "steps_run": str(steps_run), "fingerprint": name},
     )
     checkpoint.remove()
@@ -237,24 +249,28 @@ def read_shard(path: str | Path) -> tuple[Tensor, list[int], int]:
     return tensors["latents"], tensors["view_ids"].tolist(), int(metadata["next_step"])
 
 
-def _starting_latents(
+def _starting_state(
     plan: ViewPlan,
     view_ids: Sequence[int],
     previous: Sequence[str | Path],
     model: MMDM,
     settings: SamplingSettings,
     start: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """Latents before step `start` and, for solvers that need it, what was clean one step before."""
     shape = (model.config.in_channels, model.config.latent_size, model.config.latent_size)
     if start == 0:
-        return initial_noise(view_ids, shape, settings.seed, plan.subject)
+        return initial_noise(view_ids, shape, settings.seed, plan.subject), None
     found: dict[int, Tensor] = {}
+    found_clean: dict[int, Tensor] = {}
     for path in previous:
         latents, ids, next_step = read_shard(path)
         if next_step != start:
             expected = f"latents after {start} steps"
             raise InputFileError(path, f"latents after {next_step} steps", expected, _AGAIN)
         found |= dict(zip(ids, latents, strict=True))
+        if needs_previous(settings.solver):
+            found_clean |= dict(zip(ids, _read_clean(path, settings.solver), strict=True))
     missing = sorted(set(range(len(plan.views))) - set(found))
     if missing or len(found) != len(plan.views):
         names = ", ".join(str(path) for path in previous) or "no files"
@@ -262,7 +278,15 @@ def _starting_latents(
             f"The previous round ({names}) holds {len(found)} views, the plan {len(plan.views)}; "
             f"first missing: {missing[:3]}. Delete the rounds folder and run the workflow again."
         )
-    return torch.stack([found[i] for i in view_ids])
+    clean = torch.stack([found_clean[i] for i in view_ids]) if found_clean else None
+    return torch.stack([found[i] for i in view_ids]), clean
+
+
+def _read_clean(path: str | Path, solver: str) -> Tensor:
+    tensors, _ = read_safetensors(path)
+    if "clean" not in tensors:
+        raise InputFileError(path, "no tensor 'clean'", f"a shard of solver '{solver}'", _AGAIN)
+    return tensors["clean"]
 
 
 def _reference_latents(path: str | Path, plan: ViewPlan, model: MMDM) -> Tensor:

@@ -43,8 +43,11 @@ class SamplingCheckpoint:
 
     def load(
         self, first_step: int, end_step: int, shape: tuple[int, ...]
-    ) -> tuple[int, Tensor] | None:
-        """Next step to run and the latents before it, or None to start anew; logs which and why."""
+    ) -> tuple[int, Tensor, Tensor | None] | None:
+        """Next step to run, the latents and what was predicted as clean before it.
+
+        None to start anew; logs which and why.
+        """
         if not self.path.exists():
             return None
         try:
@@ -61,18 +64,18 @@ class SamplingCheckpoint:
             logger.warning("Starting anew: %s does not hold what it should.", self.path)
             return None
         logger.info("Resuming at step %d from %s.", step, self.path)
-        return step, latents
+        return step, latents, tensors.get("clean")
 
-    def save_if_due(self, finished_step: int, latents: Tensor) -> None:
-        """Writes the latents after `finished_step` when that step is due."""
+    def save_if_due(self, finished_step: int, latents: Tensor, clean: Tensor | None = None) -> None:
+        """Writes the state after `finished_step` when that step is due."""
         if (finished_step + 1) % self.every_steps == 0:
-            self.save(finished_step, latents)
+            self.save(finished_step, latents, clean)
 
-    def save(self, finished_step: int, latents: Tensor) -> None:
-        """Writes the latents after `finished_step`."""
+    def save(self, finished_step: int, latents: Tensor, clean: Tensor | None = None) -> None:
+        """Writes the latents after `finished_step`; `clean` for solvers that need it."""
         write_safetensors(
             self.path,
-            {"latents": latents},
+            {"latents": latents} | ({} if clean is None else {"clean": clean}),
             {"fingerprint": self.fingerprint, "next_step": str(finished_step + 1)},
         )
 

@@ -13,6 +13,7 @@ abar / (1 - abar), smaller for more jointly denoised frames and larger images (H
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -194,7 +195,34 @@ class NoiseSchedule:
         Raises:
             UserError: the grid would leave the schedule; names step counts that work.
         """
-        timesteps = np.asarray(ddim_timesteps(num_steps, self.num_train_timesteps), dtype=np.int64)
+        return self._grid(ddim_timesteps(num_steps, self.num_train_timesteps))
+
+    def log_ratio_grid(self, num_steps: int) -> DDIMGrid:
+        """As `ddim`, with as many steps between the same ends, evenly spaced in log(abar/(1-abar)).
+
+        Solvers of second order extrapolate over such distances: at even timesteps the last but one
+        is several times the one before, and they do worse than DDIM.
+
+        Raises:
+            UserError: as `ddim`.
+        """
+        even = ddim_timesteps(num_steps, self.num_train_timesteps)
+        count, ratio = len(even), self._log_ratios
+        wanted = np.linspace(ratio[even[0]], ratio[even[-1]], count)
+        # The ratio falls with the timestep; np.interp wants it rising.
+        found = np.rint(np.interp(-wanted, -ratio, np.arange(self.num_train_timesteps)))
+        timesteps = [int(t) for t in found]
+        for i in range(1, count):
+            timesteps[i] = max(timesteps[i], timesteps[i - 1] + 1)
+        timesteps = [min(t, even[-1] - (count - 1 - i)) for i, t in enumerate(timesteps)]
+        return self._grid(timesteps)
+
+    @cached_property
+    def _log_ratios(self) -> Float64Array:
+        return np.log(self.alphas_cumprod_f64) - np.log1p(-self.alphas_cumprod_f64)
+
+    def _grid(self, ascending: Sequence[int]) -> DDIMGrid:
+        timesteps = np.asarray(ascending, dtype=np.int64)
         alphas = self.alphas_cumprod[timesteps]
         prev = np.concatenate([self.alphas_cumprod[:1], alphas[:-1]]).astype(np.float64)
         # This root is float32 in the released sampler, everything around it float64.
