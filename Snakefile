@@ -64,3 +64,9 @@ rule evaluate_all:
 
 onstart:
     claim_results(RESULTS, log)
+    watch_failures(RESULTS)
+
+
+onerror:
+    print(end_of_run(CONFIG), file=sys.stderr)
+    write_failure_report(CONFIG)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cap4d_core.batch.failures import failure_table, read_failures
 from cap4d_core.config import Config
 
 
@@ -28,6 +29,9 @@ def summarise(config: Config) -> str:
             lines.append(f"  {driving}: {state}")
         if row.is_evaluated:
             lines.append(f"  held-out views: {_figures(folder / 'evaluation' / 'metrics.json')}")
+    failures = read_failures(results, config)
+    if failures:
+        lines += ["", "Failed:", failure_table(failures)]
     return "\n".join(lines)
 
 

@@ -7,6 +7,11 @@ from pathlib import Path
 # An installed copy must not win over this checkout.
 sys.path.insert(0, str(Path(workflow.basedir)))
 
+from cap4d_core.batch.failures import (
+    end_of_run,
+    watch_failures,
+    write_failure_report,
+)
 from cap4d_core.batch.planning import (
     NAME,
     pattern_of,
@@ -181,6 +186,12 @@ def subject_recording(wildcards):
     return [] if subject_fit_folder(wildcards) else subject_row(wildcards).reference
 
 
+def subject_landmarks(wildcards):
+    """Landmarks on the head model, which only tracking needs."""
+    landmarks = rules.place_landmarks.output.landmarks
+    return landmarks if subject_recording(wildcards) else []
+
+
 def driving_fit(wildcards):
     row = driving_row(wildcards)
     return (
@@ -193,6 +204,11 @@ def driving_fit(wildcards):
 def driving_recording(wildcards):
     row = driving_row(wildcards)
     return [] if row.fit else row.video
+
+
+def driving_landmarks(wildcards):
+    landmarks = rules.place_landmarks.output.landmarks
+    return landmarks if driving_recording(wildcards) else []
 
 
 def driving_video(wildcards):

@@ -34,7 +34,8 @@ def write_report(
         subjects: driving sequences of each subject, in the order shown; default: what is found.
             Given, results that ought to be there and are not can be shown as such.
         failures: reason by `subject` or `subject/stage` (tracking, views, avatar, evaluation,
-            animation/DRIVING); shown in place of results.
+            animation/DRIVING); shown in place of results. All of them, also of stages that all
+            subjects share, are listed in a table at the top.
         settings: configuration of the run, shown as JSON.
         versions: library versions and the like.
         title: heading of the page.
@@ -59,6 +60,7 @@ def write_report(
         title=title,
         sections=sections,
         figure_names=list(sections[0].figures) if sections else [],
+        failures=dict(failures or {}),
         settings=json.dumps(settings, indent=2, default=str) if settings else "",
         versions=dict(versions or {}),
     )
