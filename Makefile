@@ -7,12 +7,13 @@ CORES ?= all
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-unit lint real-run clean help
+.PHONY: setup demo test test-unit test-slurm lint real-run clean help
 
 help:
 	@echo "make setup      create $(VENV) with pinned versions"
 	@echo "make demo       whole workflow on procedural people, minutes on a CPU"
 	@echo "make test       all tests;  make test-unit: the fast ones;  make lint: linters only"
+	@echo "make test-slurm tests on a throw-away SLURM on this machine (root on Debian)"
 	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
 	@echo "make clean      remove what demo and tests made (not $(VENV))"
 
@@ -33,11 +34,15 @@ demo: $(STAMP)
 	@$(RUN) -m cap4d_core summary
 
 test: $(STAMP)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not full_size"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not full_size and not slurm"
 
 # No Snakemake runs, nothing that takes minutes.
 test-unit: $(STAMP)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not workflow and not slurm and not full_size"
+
+# Installs Debian's SLURM where it is missing, and starts a cluster of two nodes with pretended GPUs.
+test-slurm: $(STAMP)
+	$(RUN) -m pytest -m slurm -rs tests/slurm
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""The time limit of a SLURM job, seen from inside.
+"""The time limit of a cluster job, seen from inside.
 
 SLURM signals only the first process of a job, which is Snakemake: a script would be killed without
 a word. So a job knows its own limit and ends before it, after writing a checkpoint where the stage
@@ -18,6 +18,8 @@ from cap4d_core.progress import Progress, ProgressCallback, format_duration
 # Seconds before the limit at which a job ends; the default is a fifth of the limit, at most 120.
 MARGIN_VARIABLE = "CAP4D_TIME_LIMIT_MARGIN_S"
 _FRACTION, _MAX_MARGIN_S = 0.2, 120.0
+# Set by schedulers other than SLURM that enforce the limit (profiles/kubernetes).
+LIMITED_VARIABLE = "CAP4D_TIME_LIMITED"
 # Close to the start of the script: only Snakemake's own start, some seconds, comes before it.
 _PROCESS_START = time.monotonic()
 
@@ -57,7 +59,7 @@ def stop_before_limit(callback: ProgressCallback, limit_min: float | None) -> Pr
     Raises:
         UserError: CAP4D_TIME_LIMIT_MARGIN_S is no number.
     """
-    if limit_min is None or "SLURM_JOB_ID" not in os.environ:
+    if limit_min is None or not os.environ.keys() & {"SLURM_JOB_ID", LIMITED_VARIABLE}:
         return callback
     return StopBeforeLimit(callback, limit_min, limit_min * 60 - margin_s(limit_min))
 

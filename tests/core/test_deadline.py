@@ -1,4 +1,4 @@
-"""Jobs that end before their time limit: when, with which message, and going on to the same bits."""
+"""Jobs that end before their time limit: when, what they say, going on to the same bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from cap4d_core import deadline
 from cap4d_core.avatar.fitting import fit_avatar
-from cap4d_core.deadline import MARGIN_VARIABLE, margin_s, stop_before_limit
+from cap4d_core.deadline import LIMITED_VARIABLE, MARGIN_VARIABLE, margin_s, stop_before_limit
 from cap4d_core.diffusion.sampling import read_shard, sample_views
 from cap4d_core.errors import DeadlineError, UserError
 from cap4d_core.flame.model import HeadModel
@@ -34,11 +34,13 @@ def test_only_where_somebody_enforces_the_limit(monkeypatch: pytest.MonkeyPatch)
     def callback(progress: Progress) -> None:
         pass
 
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert stop_before_limit(callback, 5) is callback
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert stop_before_limit(callback, None) is callback
-    assert stop_before_limit(callback, 5) is not callback
+    for name in ("SLURM_JOB_ID", LIMITED_VARIABLE):
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        monkeypatch.delenv(LIMITED_VARIABLE, raising=False)
+        assert stop_before_limit(callback, 5) is callback
+        monkeypatch.setenv(name, "1")
+        assert stop_before_limit(callback, None) is callback
+        assert stop_before_limit(callback, 5) is not callback
 
 
 def test_stops_when_the_time_is_over_and_work_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
