@@ -25,7 +25,6 @@ COLUMNS = ("batch", "images_s", "ms_image", "raster_share", "peak_gib")
 
 def main() -> None:
     arguments = parse_arguments()
-    faulthandler.dump_traceback_later(60, repeat=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -66,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def say(text: str) -> None:
+    """Prints a line; from here on, a minute without another shows the stack."""
     print(text, flush=True)
+    faulthandler.dump_traceback_later(60, repeat=True)
 
 
 def timed(steps: dict[str, float], name: str, step: Callable[[], object]) -> object:
