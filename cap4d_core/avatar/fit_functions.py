@@ -1,27 +1,31 @@
-"""The tensor arithmetic of a training step as pure functions, so that it can be compiled."""
+"""The tensor arithmetic of a training step as pure functions, to be compiled or recorded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cap4d_core.avatar import losses
 from cap4d_core.avatar.compiled import varying
 from cap4d_core.avatar.densification import SplatTensors
-from cap4d_core.avatar.face_frames import FaceFrames
+from cap4d_core.avatar.face_frames import FaceFrames, face_frames
 from cap4d_core.avatar.gaussians import (
     GaussianAvatar,
     HeadMaps,
-    LocalSplats,
     MeshMaps,
     PosedGaussians,
+    world_means,
+    world_splats,
 )
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.lpips_fast import FastLpips
 from cap4d_core.settings import FittingSettings
+
+logger = logging.getLogger(__name__)
 
 
 def image_terms(
@@ -31,6 +35,7 @@ def image_terms(
     lpips: Lpips | FastLpips | None,
     kept: Sequence[Tensor] = (),
     separable: bool = True,
+    blur: losses.Blur | None = None,
 ) -> Tensor:
     """L1, 1 - SSIM and the mean LPIPS (0 without), (3,).
 
@@ -41,11 +46,12 @@ def image_terms(
         lpips: perceptual distance.
         kept: what `TargetFeatures` holds of the masked targets.
         separable: see `losses.ssim_map`.
+        blur: `losses.blur_matrices`, where they are to be used.
     """
     have = rendered.permute(0, 3, 1, 2) * mask
     want = target * mask
     l1 = losses.l1_loss(have, want)
-    dssim = 1 - losses.ssim(have, want, separable=separable)
+    dssim = 1 - losses.ssim_map(have, want, separable, blur).mean()
     if lpips is None:
         return torch.stack([l1, dssim, torch.zeros_like(l1)])
     distance = lpips(have, want, kept) if isinstance(lpips, FastLpips) else lpips(have, want)
@@ -122,52 +128,106 @@ def regulariser_function(s: FittingSettings) -> Callable[[RegulariserInputs], Te
     return regularisers
 
 
-def head_map_function(avatar: GaussianAvatar) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Makes `avatar.head_maps` as a function of and to tensors."""
+class MeshTensors(NamedTuple):
+    """What a step needs of the refined meshes of B frames; see `MeshMaps` and `FaceFrames`."""
 
-    def head_maps(expr: Tensor, eye_rot: Tensor, neck: Tensor | None) -> tuple[Tensor, Tensor]:
-        maps = avatar.head_maps(expr, eye_rot, neck)
-        return maps.positions, maps.offsets
+    deformation: Tensor
+    rotation: Tensor
+    scale: Tensor
+    centre: Tensor
+    quaternion: Tensor
+    neutral_rotation: Tensor
+    neutral_scale: Tensor
+    neutral_centre: Tensor
+    vertices: Tensor
 
-    return head_maps
 
+class MeshFunction(nn.Module):
+    """Meshes of some frames, with regularisers, as a function of tensors.
 
-def pose_function(avatar: GaussianAvatar) -> Callable[..., tuple[Tensor, ...]]:
-    """Makes `avatar.pose_maps` with regularisers as a function of and to tensors."""
+    All sizes are fixed during a fit (splats come and go elsewhere), so it can be recorded.
 
-    def pose_maps(positions: Tensor, offsets: Tensor, splats: LocalSplats) -> tuple[Tensor, ...]:
-        posed = avatar.pose_maps(HeadMaps(positions, offsets), True, splats)
-        neutral = posed.frames_neutral
-        assert posed.means_neutral is not None and neutral is not None
-        return (
-            posed.means, posed.quats, posed.scales, posed.opacities, posed.sh,
-            posed.mesh.deformation, posed.frames.rotation, posed.face_scale,
-            posed.means_neutral, neutral.rotation,
-            # No loss looks at these: detached, they cost no gradient.
-            posed.vertices.detach(), posed.frames.scale.detach(), posed.frames.centre.detach(),
+    Args:
+        avatar: whose meshes; only its deformation network is trained here.
+        from_maps: the arguments are head maps (positions, offsets) instead of (expr, eye_rot,
+            neck_rot).
+    """
+
+    def __init__(self, avatar: GaussianAvatar, from_maps: bool) -> None:
+        super().__init__()
+        self.deformation = avatar.deformation
+        # In a tuple, so that its other parameters are not taken for parameters of this function.
+        self._avatar = (avatar,)
+        self.from_maps = from_maps
+
+    def forward(self, *inputs: Tensor) -> MeshTensors:
+        """MeshTensors; gradients flow to the network and the neck."""
+        (avatar,) = self._avatar
+        maps = HeadMaps(*inputs) if self.from_maps else avatar.head_maps(*inputs)
+        mesh = avatar.refine(maps, True)
+        assert mesh.vertices_neutral is not None
+        frames = face_frames(mesh.vertices, avatar.grid.faces)
+        neutral = face_frames(mesh.vertices_neutral, avatar.grid.faces)
+        return MeshTensors(
+            mesh.deformation, frames.rotation, frames.scale, frames.centre, frames.quaternion,
+            neutral.rotation, neutral.scale, neutral.centre, mesh.vertices.detach(),
         )  # fmt: skip
 
-    return pose_maps
 
-
-def pose_with(function: Callable[..., Any], maps: HeadMaps, splats: SplatTensors) -> PosedGaussians:
-    """Calls a (compiled) `pose_function`."""
-    tensors = {name: varying(p) for name, p in splats.groups().items()}
-    local = LocalSplats(**tensors, binding=varying(splats.binding))
-    (
-        means, quats, scales, opacities, sh, deformation, rotation, face_scale,
-        means_neutral, rotation_neutral, vertices, face_sizes, centre,
-    ) = function(maps.positions, maps.offsets, local)  # fmt: skip
+def pose_on(mesh: MeshTensors, splats: SplatTensors) -> PosedGaussians:
+    """The splats on given meshes: `GaussianAvatar.pose_maps` with regularisers, second half."""
+    frames = FaceFrames(mesh.rotation, mesh.scale, mesh.centre)
+    frames.quaternion = mesh.quaternion
+    neutral = FaceFrames(mesh.neutral_rotation, mesh.neutral_scale, mesh.neutral_centre)
+    means, quats, scales, face_scale = world_splats(splats, frames)
     return PosedGaussians(
         means=means,
         quats=quats,
         scales=scales,
-        opacities=opacities,
-        sh=sh,
-        vertices=vertices,
-        mesh=MeshMaps(vertices, deformation),
-        frames=FaceFrames(rotation, face_sizes, centre),
+        opacities=splats.opacity.sigmoid()[:, 0],
+        sh=torch.cat([splats.f_dc, splats.f_rest], dim=1),
+        vertices=mesh.vertices,
+        mesh=MeshMaps(mesh.vertices, mesh.deformation),
+        frames=frames,
         face_scale=face_scale,
-        means_neutral=means_neutral,
-        frames_neutral=FaceFrames(rotation_neutral, face_sizes, centre),
+        means_neutral=world_means(splats, neutral),
+        frames_neutral=neutral,
     )
+
+
+class Recorded:
+    """A function on CUDA whose kernels are launched at once, as a recorded graph.
+
+    The graph is made at the first call; where that fails, the function itself goes on. Results are
+    overwritten by the next call.
+    """
+
+    def __init__(self, function: nn.Module, enabled: bool) -> None:
+        self.function, self.enabled = function, enabled
+        self._graph: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """As the function."""
+        if not self.enabled:
+            return self.function(*inputs)
+        if self._graph is None:
+            samples = tuple(i.detach().clone().requires_grad_(i.requires_grad) for i in inputs)
+            try:
+                self._graph = _record(self.function, samples)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever cannot be recorded
+                self.enabled = False
+                reason = str(error).strip().partition("\n")[0]
+                logger.warning("Fitting without recorded kernels, which is slower: %s", reason)
+                return self.function(*inputs)
+        return self._graph(*inputs)
+
+
+def _record(function: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:
+    plain = function.forward
+    try:
+        return torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)  # type: ignore[no-any-return]
+    except BaseException:
+        function.forward = plain  # type: ignore[method-assign]
+        raise

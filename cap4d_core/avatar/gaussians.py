@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,7 @@ from cap4d_core.avatar.uv_grid import UVGrid, splats_per_face
 from cap4d_core.errors import UserError
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.flame.template import HeadTemplate, load_avatar_template
-from cap4d_core.geometry.rotations import (
-    matrix_to_quaternion,
-    quaternion_multiply,
-    so3_exp,
-    so3_log,
-)
+from cap4d_core.geometry.rotations import quaternion_multiply, so3_exp, so3_log
 from cap4d_core.settings import FittingSettings
 
 INITIAL_OPACITY = 0.1
@@ -100,31 +95,18 @@ def relative_neck_rotation(rot: Tensor, base_rot: Tensor) -> Tensor:
     return NECK_LIMIT * torch.tanh(relative / NECK_LIMIT)
 
 
-class LocalSplats(NamedTuple):
-    """The tensors of `SplatTensors` that posing needs."""
-
-    xyz: Tensor
-    f_dc: Tensor
-    f_rest: Tensor
-    opacity: Tensor
-    scaling: Tensor
-    rotation: Tensor
-    binding: Tensor
-
-
-def world_means(splats: SplatTensors | LocalSplats, frames: FaceFrames) -> Tensor:
+def world_means(splats: SplatTensors, frames: FaceFrames) -> Tensor:
     """Local to world, positions only: (B, N, 3)."""
     packed = torch.cat([(frames.rotation * frames.scale[..., None]).flatten(-2), frames.centre], -1)
     rotation, centre = gather_rows(packed, splats.binding).split([9, 3], dim=-1)
     return (rotation.unflatten(-1, (3, 3)) * splats.xyz[:, None, :]).sum(-1) + centre
 
 
-def world_splats(
-    splats: SplatTensors | LocalSplats, frames: FaceFrames
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def world_splats(splats: SplatTensors, frames: FaceFrames) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Local to world: means, quaternions, scales and the face scale of each splat, (B, N, ...)."""
-    turned = matrix_to_quaternion(frames.rotation)
-    packed = torch.cat([frames.rotation.flatten(-2), turned, frames.scale, frames.centre], dim=-1)
+    packed = torch.cat(
+        [frames.rotation.flatten(-2), frames.quaternion, frames.scale, frames.centre], dim=-1
+    )
     # One gather instead of four: its backward pass is the expensive part.
     rotation, quaternion, scale, centre = gather_rows(packed, splats.binding).split(
         [9, 4, 1, 3], dim=-1
@@ -276,23 +258,17 @@ class GaussianAvatar(nn.Module):
             result.vertices_neutral = plain.reshape(batch, size * size, 3)
         return result
 
-    def pose_maps(
-        self,
-        maps: HeadMaps,
-        with_regularisers: bool = False,
-        splats: LocalSplats | None = None,
-    ) -> PosedGaussians:
-        """Splats on given head maps; see `pose`. `splats` stand in for the avatar's own."""
-        local = self.splats if splats is None else splats
+    def pose_maps(self, maps: HeadMaps, with_regularisers: bool = False) -> PosedGaussians:
+        """Splats on given head maps; see `pose`."""
         mesh = self.refine(maps, with_regularisers)
         frames = face_frames(mesh.vertices, self.grid.faces)
-        means, quats, scales, face_scale = world_splats(local, frames)
+        means, quats, scales, face_scale = world_splats(self.splats, frames)
         posed = PosedGaussians(
             means=means,
             quats=quats,
             scales=scales,
-            opacities=local.opacity.sigmoid()[:, 0],
-            sh=torch.cat([local.f_dc, local.f_rest], dim=1),
+            opacities=self.splats.opacity.sigmoid()[:, 0],
+            sh=torch.cat([self.splats.f_dc, self.splats.f_rest], dim=1),
             vertices=mesh.vertices,
             mesh=mesh,
             frames=frames,
@@ -300,7 +276,7 @@ class GaussianAvatar(nn.Module):
         )
         if mesh.vertices_neutral is not None:
             posed.frames_neutral = face_frames(mesh.vertices_neutral, self.grid.faces)
-            posed.means_neutral = world_means(local, posed.frames_neutral)
+            posed.means_neutral = world_means(self.splats, posed.frames_neutral)
         return posed
 
     def pose(

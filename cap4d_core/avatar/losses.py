@@ -7,7 +7,6 @@ The regularisers are in the units of `cap4d_core.avatar.deformation.OFFSET_UNIT`
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,9 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1 = 0.01**2
 SSIM_C2 = 0.03**2
-_BELL = [math.exp(-((i - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2)) for i in range(SSIM_WINDOW)]
-_WEIGHTS = tuple(value / sum(_BELL) for value in _BELL)
-# Side in pixels up to which blurring by matrix products beats convolutions.
-MAX_MATRIX_BLUR = 256
+# Side in pixels up to which blurring by matrix products beats convolutions; on CUDA they are also
+# true float32, while convolutions may use TF32, whose 10 bits the variances of SSIM do not survive.
+MAX_MATRIX_BLUR = {"cpu": 256, "cuda": 1024}
 
 
 def l1_loss(image: Tensor, target: Tensor) -> Tensor:
@@ -53,16 +51,26 @@ def _blur_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix.to(device, dtype)
 
 
-def _blur(maps: Tensor, separable: bool) -> Tensor:
+Blur = tuple[Tensor, Tensor]
+
+
+def blur_matrices(image: Tensor) -> Blur | None:
+    """Window along rows and columns of (B, C, H, W) images as matrices; None where too large."""
+    height, width = image.shape[-2:]
+    if max(height, width) > MAX_MATRIX_BLUR.get(image.device.type, 0):
+        return None
+    # Convolutions of one channel are slow to differentiate; products are not.
+    return (
+        _blur_matrix(height, image.dtype, image.device),
+        _blur_matrix(width, image.dtype, image.device),
+    )
+
+
+def _blur(maps: Tensor, separable: bool, matrices: Blur | None) -> Tensor:
     """Gaussian window over (B, C, H, W) with zero padding."""
-    if separable and torch.compiler.is_compiling():
-        return _blur_shifted(maps)
     batch, channels, height, width = maps.shape
-    if separable and max(height, width) <= MAX_MATRIX_BLUR:
-        # Convolutions of one channel are slow to differentiate on the CPU; products are not.
-        rows = _blur_matrix(height, maps.dtype, maps.device)
-        columns = _blur_matrix(width, maps.dtype, maps.device)
-        return rows @ maps @ columns
+    if separable and matrices is not None:
+        return matrices[0] @ maps @ matrices[1]
     window = gaussian_window(maps.dtype, maps.device)
     flat = maps.reshape(batch * channels, 1, height, width)
     pad = SSIM_WINDOW // 2
@@ -74,23 +82,9 @@ def _blur(maps: Tensor, separable: bool) -> Tensor:
     return flat.view(batch, channels, height, width)
 
 
-def _blur_shifted(maps: Tensor) -> Tensor:
-    """The same as a sum of shifted maps, which a compiler turns into one kernel per axis.
-
-    In float32: convolutions may use TF32, whose 10 bits the variances of SSIM do not survive.
-    """
-    pad = SSIM_WINDOW // 2
-    height, width = maps.shape[-2:]
-    tall = F.pad(maps, (0, 0, pad, pad))
-    rows = sum(w * tall[..., i : i + height, :] for i, w in enumerate(_WEIGHTS))
-    assert isinstance(rows, Tensor)
-    wide = F.pad(rows, (pad, pad))
-    blurred = sum(w * wide[..., i : i + width] for i, w in enumerate(_WEIGHTS))
-    assert isinstance(blurred, Tensor)
-    return blurred
-
-
-def ssim_map(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:
+def ssim_map(
+    image: Tensor, target: Tensor, separable: bool = True, matrices: Blur | None = None
+) -> Tensor:
     """SSIM per pixel and channel, (B, C, H, W).
 
     Args:
@@ -98,11 +92,12 @@ def ssim_map(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:
         target: likewise; gradients flow to `image` only.
         separable: apply the window per axis, which is faster and rounds less; False = one 2-D
             convolution as published.
+        matrices: `blur_matrices` of the images, where they are to be used.
     """
     channels = image.shape[1]
     target = target.detach()
-    of_target = _blur(torch.cat([target, target * target], dim=1), separable)
-    of_image = _blur(torch.cat([image, image * image, image * target], dim=1), separable)
+    of_target = _blur(torch.cat([target, target * target], dim=1), separable, matrices)
+    of_image = _blur(torch.cat([image, image * image, image * target], dim=1), separable, matrices)
     mu_y, yy = of_target.split(channels, dim=1)
     mu_x, xx, xy = of_image.split(channels, dim=1)
     mu_xx, mu_yy, mu_xy = mu_x * mu_x, mu_y * mu_y, mu_x * mu_y
@@ -113,7 +108,7 @@ def ssim_map(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:
 
 def ssim(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:
     """Mean SSIM over all pixels, channels and images."""
-    return ssim_map(image, target, separable).mean()
+    return ssim_map(image, target, separable, blur_matrices(image)).mean()
 
 
 def _safe_norm(vectors: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from cap4d_core.avatar import densification, losses
 from cap4d_core.avatar.compiled import Compiler, can_compile
 from cap4d_core.avatar.fit_functions import (
     REGULARISERS,
-    head_map_function,
+    MeshFunction,
+    MeshTensors,
+    Recorded,
     image_terms,
-    pose_function,
-    pose_with,
+    pose_on,
     regulariser_function,
     regulariser_inputs,
 )
@@ -154,8 +155,8 @@ class AvatarTrainer:
         worth_it = device.type == "cuda" and settings.iterations >= ITERATIONS_WORTH_COMPILING
         wanted = worth_it if settings.compile == "auto" else settings.compile == "on"
         self.compiler = Compiler(wanted and not settings.parity and can_compile(device))
-        self._head_maps = self.compiler.wrap(head_map_function(avatar))
-        self._pose_maps = self.compiler.wrap(pose_function(avatar))
+        mesh = MeshFunction(avatar, from_maps=self._maps is not None)
+        self._mesh = Recorded(mesh, self.compiler.enabled and device.type == "cuda")
         self._regularisers = self.compiler.wrap(regulariser_function(settings))
         self._image_terms = self.compiler.wrap(image_terms, dynamic=False)
         self._fast_lpips: FastLpips | None = None
@@ -179,15 +180,21 @@ class AvatarTrainer:
 
     def pose(self, rows: Tensor, with_regularisers: bool, neck: Tensor | None) -> PosedGaussians:
         """The avatar in the expressions of some views."""
+        if with_regularisers:
+            mesh = MeshTensors(*self._mesh(*self._mesh_inputs(rows, neck)))
+            return pose_on(mesh, self.avatar.splats)
+        if self._maps is not None:
+            return self.avatar.pose_maps(self._maps.index(rows))
+        return self.avatar.pose_maps(
+            self.avatar.head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck)
+        )
+
+    def _mesh_inputs(self, rows: Tensor, neck: Tensor | None) -> tuple[Tensor, ...]:
         if self._maps is not None:
             maps = self._maps.index(rows)
-        elif with_regularisers:
-            maps = HeadMaps(*self._head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck))
-        else:
-            maps = self.avatar.head_maps(self.data.expr[rows], self.data.eye_rot[rows], neck)
-        if with_regularisers:
-            return pose_with(self._pose_maps, maps, self.avatar.splats)
-        return self.avatar.pose_maps(maps)
+            return maps.positions, maps.offsets
+        expr, eye_rot = self.data.expr[rows], self.data.eye_rot[rows]
+        return expr, eye_rot, torch.zeros_like(eye_rot) if neck is None else neck
 
     def render(self, posed: PosedGaussians, batch: ViewBatch, sh_degree: int) -> RenderOutput:
         """Renders posed splats into the cameras of a batch."""
@@ -274,8 +281,9 @@ class AvatarTrainer:
         s = self.settings
         weights = loss_weights(iteration, s, self.lpips is not None)
         lpips, kept = self._perceptual(batch) if weights.lpips > 0 else (None, [])
+        blur = losses.blur_matrices(batch.image)
         l1, dssim, distance = self._image_terms(
-            image, batch.image, batch.mask, lpips, kept, not s.parity
+            image, batch.image, batch.mask, lpips, kept, not s.parity, blur
         ).unbind()
         terms = dict.fromkeys(LOSS_NAMES, image.new_zeros(()))
         terms |= {"l1": weights.l1 * l1, "ssim": weights.ssim * dssim}

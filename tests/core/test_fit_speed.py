@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from cap4d_core.avatar import losses
 from cap4d_core.avatar.compiled import Compiler
 from cap4d_core.avatar.fit_functions import image_terms
 from cap4d_core.avatar.gaussians import GaussianAvatar
@@ -66,12 +65,6 @@ def test_kept_features_are_used_in_the_loss(lpips: Lpips) -> None:
     assert torch.equal(plain[:2], quick[:2])
     assert torch.allclose(plain[2], quick[2], rtol=0.01)
     assert float(image_terms(image, target, mask, None)[2]) == 0
-
-
-def test_blur_for_compilers_agrees() -> None:
-    maps = torch.rand(2, 3, 9, 31, dtype=torch.float64)
-    have, want = losses._blur_shifted(maps), losses._blur(maps, separable=False)
-    assert torch.allclose(have, want, atol=1e-12)
 
 
 def test_due_once_per_interval_whatever_the_batch() -> None:
