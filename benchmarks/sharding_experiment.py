@@ -116,11 +116,14 @@ class Experiment:
         left = sum(len(group) for group in by_references.values())
         print(f"{left} settings to measure on {self.machine()}", flush=True)
         with tempfile.TemporaryDirectory() as work, torch.no_grad():
-            for references, group in by_references.items():
-                if not self._measure_group(references, list(group.values()), Path(work)):
-                    print("Out of time: the same command goes on.", flush=True)
-                    return
-        print("Everything is measured.", flush=True)
+            groups = [
+                self._measure_group(references, list(group.values()), Path(work))
+                for references, group in by_references.items()
+            ]
+        if all(groups):
+            print("Everything is measured.", flush=True)
+        else:
+            print("Out of time: the same command goes on.", flush=True)
 
     def _measure_group(self, references: int, group: list[Setting], work: Path) -> bool:
         """Measures settings of one number of references; False when time ran out."""
@@ -131,11 +134,13 @@ class Experiment:
         names = [person.name for person in people]
         per_call = model.config.views_per_call - references
         calls = len(generated) // per_call
+        complete = True
         for setting in group:
             steps = ddim_step_count(setting.steps)
             cost = steps * calls * (1 if setting.guidance == 1 else 2)
             if self.seconds_per_call is not None and cost * self.seconds_per_call > self._left():
-                return False
+                complete = False  # a cheaper one may still fit
+                continue
             begin = time.monotonic()
             shards = setting.shards or self.num_views(model) // per_call
             with matmul_precision(self.precision):
@@ -161,7 +166,7 @@ class Experiment:
             if self.arguments.pictures:
                 row = measures.strip(people[0], parts[0])
                 measures.write_strip(self.arguments.pictures / f"{setting.key}.png", row)
-        return True
+        return complete
 
     def _prepare(
         self, references: int, work: Path
