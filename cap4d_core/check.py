@@ -51,6 +51,8 @@ def check_files(config: Config) -> list[str]:
     attempt("head_model.path", partial(check_head_model_source, config))
     if config.rounds and config.settings.mmdm.url is None:
         attempt("mmdm.path", partial(check_weights, config))
+    if config.settings.tracking.backend == "pixel3dmm" and needs_tracking(config):
+        attempt("tracking.backend", partial(check_pixel3dmm, config))
     sampling, fitting = config.settings.sampling, config.settings.fitting
     for key, path in (
         ("sampling.plan", sampling.plan),
@@ -100,6 +102,26 @@ def check_head_model_source(config: Config) -> None:
     model = find_model(source)
     if settings.companions != DOWNLOAD:
         find_companions(source, model, Path(settings.companions) if settings.companions else None)
+
+
+def needs_tracking(config: Config) -> bool:
+    """Whether photos or videos of any row are to be tracked."""
+    subjects = (
+        row.tracking is None and row.demo_seed is None and (row.avatar is None or row.is_evaluated)
+        for row in config.subjects.values()
+    )
+    return any(subjects) or any(row.fit is None for row in config.driving.values())
+
+
+def check_pixel3dmm(config: Config) -> None:
+    """Finds the external tracker.
+
+    Raises:
+        UserError: names everything that is missing.
+    """
+    from cap4d_core.tracking.pixel3dmm_installation import find_installation
+
+    find_installation(config.settings.tracking.pixel3dmm_path)
 
 
 def check_weights(config: Config) -> None:

@@ -42,6 +42,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
 PATH_SETTINGS = (
     ("head_model", "path"),
     ("head_model", "companions"),
+    ("tracking", "pixel3dmm_path"),
     ("mmdm", "path"),
     ("sampling", "plan"),
     ("fitting", "lpips_weights"),

@@ -68,29 +68,6 @@ rule evaluate_avatar:
         "../workflow_scripts/evaluate_avatar.py"
 
 
-rule place_landmarks:
-    input:
-        head_model=rules.prepare_head_model.output.folder,
-    output:
-        landmarks="<results>/assets/landmarks/correspondence.npz",
-    log:
-        text="<logs>/place_landmarks.log",
-    benchmark:
-        "<benchmarks>/place_landmarks.tsv"
-    conda:
-        "../envs/torch.yaml"
-    threads: 1
-    resources:
-        mem_mb=4000,
-        runtime=30,
-    params:
-        version=STAGE_VERSIONS["place_landmarks"],
-    message:
-        "Placing the landmarks on the head model"
-    script:
-        "../workflow_scripts/place_landmarks.py"
-
-
 rule make_demo_performance:
     input:
         driving=rules.track_driving.output.fit,

@@ -1,12 +1,38 @@
 """Tracking: head-model fits of the subjects and of the driving sequences."""
 
 
+# Once per head model: subjects and motions share it, and so do workflows (snakemake --cache).
+rule place_landmarks:
+    input:
+        head_model=rules.prepare_head_model.output.folder,
+    output:
+        landmarks="<results>/assets/landmarks/correspondence.npz",
+        picture="<results>/assets/landmarks/correspondence.png",
+    log:
+        text="<logs>/place_landmarks.log",
+    benchmark:
+        "<benchmarks>/place_landmarks.tsv"
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=20,
+    params:
+        version=STAGE_VERSIONS["place_landmarks"],
+    message:
+        "Placing the landmarks on the head model"
+    script:
+        "../workflow_scripts/place_landmarks.py"
+
+
 rule track_subject:
     input:
         # Either a ready fit or what is to be tracked.
         fit=subject_fit,
         references=subject_references,
         recording=subject_recording,
+        landmarks=subject_landmarks,
         head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/{subject}/tracking/fit.npz",
@@ -36,6 +62,7 @@ rule track_driving:
         fit=driving_fit,
         recording=driving_recording,
         trajectory=driving_trajectory,
+        landmarks=driving_landmarks,
         head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/driving/{driving}/fit.npz",

@@ -22,8 +22,15 @@ def main(job: Job) -> None:
             head_model,
         )
     else:
-        recording, progress = job.input_file("recording"), job.progress("frames")
-        track_driving(recording, output, head_model, settings, progress, device=job.device)
+        track_driving(
+            job.input_file("recording"),
+            output,
+            head_model,
+            settings,
+            job.progress("frames"),
+            device=job.device,
+            correspondence=job.input_file("landmarks"),
+        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,15 @@ def main(job: Job) -> None:
     if job.input_files("fit"):
         import_subject(job.input_file("fit").parent, output, settings, head_model, progress)
     else:
-        recording = job.input_file("recording")
-        track_subject(recording, output, head_model, settings, progress, device=job.device)
+        track_subject(
+            job.input_file("recording"),
+            output,
+            head_model,
+            settings,
+            progress,
+            device=job.device,
+            correspondence=job.input_file("landmarks"),
+        )
 
 
 if __name__ == "__main__":

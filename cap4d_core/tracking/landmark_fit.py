@@ -14,45 +14,38 @@ Conventions:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, solveh_banded
+from scipy.linalg import cho_factor, cho_solve
 from scipy.spatial.transform import Rotation
 
-from cap4d_core.tracking.correspondence import align_similarity
 from cap4d_core.tracking.landmark_model import LandmarkModel
+from cap4d_core.tracking.measurements import (
+    FLIP,
+    Camera,
+    Free,
+    LandmarkFit,
+    Measurements,
+    Observation,
+    turn_towards,
+    with_pairs,
+)
+from cap4d_core.tracking.solver import acceleration_gradient, gram, rigid_part, solve_banded
+from cap4d_core.tracking.surface import align_similarity
+
+__all__ = ["Camera", "LandmarkFit", "LandmarkFitter", "Observation", "with_eyes"]
 
 Array = NDArray[np.float64]
 
-_FLIP = np.array([1.0, -1.0, -1.0])
-# Error of the landmarks in the picture relative to the face, on top of their spread on the head.
-_PIXEL_SIGMA = 0.010
-# Landmarks err together: so many of them count as one observation.
-_CORRELATED = 6.0
-# Upper and lower lids, upper and lower lip: how far they are apart is seen better than where they
-# are, and it is what blinking and talking change.
-LID_AND_LIP_PAIRS = np.array(
-    [
-        *[(159, 145), (160, 144), (158, 153), (161, 163), (157, 154)],
-        *[(386, 374), (387, 373), (385, 380), (388, 390), (384, 381)],
-        *[(13, 14), (82, 87), (312, 317), (81, 178), (311, 402), (80, 88), (310, 318), (0, 17)],
-    ]
-)
-_PAIR_SIGMA = 0.006
 # The last coefficient is a blink by itself: lids should close by it rather than by a mixture.
 _BLINK_PRIOR = 0.1
-# Residuals beyond this many sigmas lose influence.
-_ROBUST_SCALE = 3.0
 # Distance of the head and its uncertainty (log), and focal length per picture side. One picture
 # hardly tells them apart. The released fits, which the diffusion model learnt from, lie at 1.1 to
 # 1.5 m.
-_DISTANCE_M, _DISTANCE_LOG_SIGMA = 1.2, 0.2
+_DISTANCE_M, _DISTANCE_LOG_SIGMA = 1.2, 0.1
 _FOCAL, _FOCAL_LOG_SIGMA = 2.0, 1.0
-# A change of shape or expression that looks like a turn or shift of the face belongs to the pose.
-_RIGID_ANGLE, _RIGID_SHIFT_M = np.deg2rad(1.0), 0.002
 # Typical accelerations at 30 frames per second: rotation (rad), translation (m; sideways, depth),
 # expression (standard deviations), per frame squared.
 _REFERENCE_FPS = 30.0
@@ -64,66 +57,7 @@ _MAX_SHARED_FRAMES = 24
 _CAMERA_SIGMA = 1.0
 
 
-@dataclass(frozen=True)
-class Camera:
-    """What is known of a camera: size (height, width), focal length, pose.
-
-    focal_px: focal length in pixels, None = not known; focal_log_sigma: its relative uncertainty (0
-    = exact); center: principal point (x, y), None = middle of the picture; extr: (4, 4)
-    world-to-camera, None = to be estimated (the first camera then defines the world).
-    """
-
-    size: tuple[int, int]
-    focal_px: float | None = None
-    focal_log_sigma: float = 0.0
-    extr: Array | None = None
-    center: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Landmarks (N, 3) of one frame in one camera, in pixels; `weight` scales their influence."""
-
-    frame: int
-    camera: int
-    points: Array
-    weight: float = 1.0
-
-
-@dataclass
-class LandmarkFit:
-    """Result: shape (S,), expr (T, E), rotation (T, 3, 3), tra (T, 3), focal (C,), extr (C, 4, 4).
-
-    residuals: (O,) weighted mean distance between observed and fitted landmarks that face the
-    camera, relative to the size of the face.
-    """
-
-    shape: Array
-    expr: Array
-    rotation: Array
-    tra: Array
-    focal: Array
-    extr: Array
-    eye_rot: Array
-    residuals: Array = field(default_factory=lambda: np.zeros(0))
-
-    @property
-    def rot(self) -> Array:
-        """(T, 3) rotation vectors."""
-        vectors: Array = Rotation.from_matrix(self.rotation).as_rotvec()
-        return vectors
-
-
-@dataclass(frozen=True)
-class _Free:
-    """What a stage may change."""
-
-    shape: bool
-    expression: bool
-    cameras: bool
-
-
-class LandmarkFitter:
+class LandmarkFitter(Measurements):
     """Fits a head model to the landmarks of one subject."""
 
     def __init__(
@@ -148,26 +82,10 @@ class LandmarkFitter:
         Raises:
             ValueError: a frame without observation.
         """
-        self.model, self.cameras = model, tuple(cameras)
-        self.num_frames = num_frames
+        super().__init__(model, cameras, observations, num_frames)
         self.fps, self.smoothness = fps, smoothness
-        self.frame = np.array([o.frame for o in observations])
-        self.camera = np.array([o.camera for o in observations])
-        if set(range(num_frames)) - set(self.frame.tolist()):
-            raise ValueError("every frame needs an observation")
-        self.points = np.stack([o.points for o in observations])
-        self.pixels = self.points[:, : model.num_points, :2]
-        self.trust = np.array([o.weight for o in observations])
-        low, high = self.pixels.min(axis=1), self.pixels.max(axis=1)
-        self.size = (high - low).max(axis=1)
-        sigma = np.hypot(_PIXEL_SIGMA, model.spread / model.face_size)
-        self.precision = 1.0 / sigma**2
-        self.base_weight = self.precision * model.density_weight / _CORRELATED
-        centers = [c.center or (c.size[1] / 2, c.size[0] / 2) for c in self.cameras]
-        self.center = np.array(centers)
-        self.pair_precision = 1.0 / _PAIR_SIGMA**2
-        self.rigid_shape = _rigid_part(model.rest, model.shape_basis)
-        self.rigid_expression = _rigid_part(model.rest, model.expression_basis)
+        self.rigid_shape = rigid_part(model.rest, model.shape_basis)
+        self.rigid_expression = rigid_part(model.rest, model.expression_basis)
 
     def fit(self) -> LandmarkFit:
         """Runs all stages."""
@@ -178,6 +96,8 @@ class LandmarkFitter:
             shared = part._stages(part._initial(), share=True)
             state.shape, state.focal, state.extr = shared.shape, shared.focal, shared.extr
             self._rescale_depth(state)
+            # They served shape and cameras; landmarks are steadier from frame to frame.
+            self.outlines = [None] * len(self.outlines)
             state = self._stages(state, share=False)
         else:
             state = self._stages(state, share=True)
@@ -186,31 +106,31 @@ class LandmarkFitter:
 
     def refine(self, state: LandmarkFit, eye_offset: Array, iterations: int = 4) -> LandmarkFit:
         """Continues with known offsets of the landmarks by the eye rotation."""
-        self._offset = eye_offset
+        self.offset = eye_offset
         for _ in range(iterations):
-            self._step(state, _Free(False, True, False), self.smoothness)
+            self._step(state, Free(False, True, False), self.smoothness)
         state.residuals = self.residual_figures(state)
         return state
-
-    _offset: Array | float = 0.0
 
     def _stages(self, state: LandmarkFit, share: bool) -> LandmarkFit:
         free_cameras = len(self.cameras) > 1 and any(c.extr is None for c in self.cameras[1:])
         for _ in range(6):
-            self._step(state, _Free(False, False, free_cameras), 0.0)
+            self._step(state, Free(False, False, free_cameras), 0.0)
         if share:
             for _ in range(6):
-                self._step(state, _Free(True, False, True), 0.0)
+                self._step(state, Free(True, False, True), 0.0)
         for _ in range(12):
-            self._step(state, _Free(share, True, share), self.smoothness)
+            self._step(state, Free(share, True, share), self.smoothness)
         return state
 
     def _restricted(self, frames: NDArray[np.int64]) -> LandmarkFitter:
         """A fitter for some of the frames, without smoothness."""
         number = {int(f): i for i, f in enumerate(frames)}
         observations = [
-            Observation(number[int(f)], int(c), p, float(w))
-            for f, c, p, w in zip(self.frame, self.camera, self.points, self.trust, strict=True)
+            Observation(number[int(f)], int(c), p, float(w), outline)
+            for f, c, p, w, outline in zip(
+                self.frame, self.camera, self.points, self.trust, self.outlines, strict=True
+            )
             if int(f) in number
         ]
         return LandmarkFitter(self.model, self.cameras, observations, len(frames))
@@ -249,9 +169,9 @@ class LandmarkFitter:
             turn, shift = poses[best]
             camera_rotation = extr[self.camera[best], :3, :3]
             camera_shift = extr[self.camera[best], :3, 3]
-            flip = np.diag(_FLIP)
+            flip = np.diag(FLIP)
             rotation[t] = flip @ camera_rotation.T @ flip @ turn
-            tra[t] = _FLIP * (camera_rotation.T @ (_FLIP * shift - camera_shift))
+            tra[t] = FLIP * (camera_rotation.T @ (FLIP * shift - camera_shift))
         model = self.model.model
         return LandmarkFit(
             shape=np.zeros(model.num_shape),
@@ -265,7 +185,7 @@ class LandmarkFitter:
 
     def _initial_pose(self, o: int, focal: Array) -> tuple[Array, Array]:
         """Head rotation and translation relative to a camera at the origin of head space."""
-        points = self.points[o, : self.model.num_points] * _FLIP
+        points = self.points[o, : self.model.num_points] * FLIP
         scale, rotation, shift = align_similarity(self.model.rest, points, self.base_weight)
         depth = focal[self.camera[o]] / scale
         center = self.center[self.camera[o]]
@@ -273,7 +193,7 @@ class LandmarkFitter:
         # Seen off the optical axis, the same picture means a turned head.
         sight = np.array([tra[0], tra[1], -depth])
         sight /= np.linalg.norm(sight)
-        return _turn_towards(-sight[None])[0] @ rotation, tra
+        return turn_towards(-sight[None])[0] @ rotation, tra
 
     def _initial_camera(self, c: int, poses: list[tuple[Array, Array]], extr: Array) -> Array:
         """Pose of a further camera from the frames that it shares with an earlier one."""
@@ -305,121 +225,50 @@ class LandmarkFitter:
             _, shift = self._initial_pose(o, state.focal)
             c = self.camera[o]
             camera = state.extr[c]
-            state.tra[t] = _FLIP * (camera[:3, :3].T @ (_FLIP * shift - camera[:3, 3]))
+            state.tra[t] = FLIP * (camera[:3, :3].T @ (FLIP * shift - camera[:3, 3]))
 
-    def camera_points(self, state: LandmarkFit) -> tuple[Array, Array, Array, Array]:
-        """Own-frame points (T, N, 3); turned (O, N, 3); camera (O, N, 3); pixels (O, N, 2)."""
-        own = self.model.points(state.shape, state.expr, self._offset)
-        turned = own @ state.rotation.transpose(0, 2, 1)
-        world = (turned + state.tra[:, None])[self.frame] * _FLIP
-        extr = state.extr[self.camera]
-        camera = world @ extr[:, :3, :3].transpose(0, 2, 1) + extr[:, None, :3, 3]
-        depth = np.maximum(camera[..., 2:], 1e-3)
-        # The network's known error for this view of the head, as a shift across the line of sight.
-        shift = self.model.view_bias(self._sight_rotation(state)) * [1.0, -1.0]
-        pixels = (camera[..., :2] + shift) / depth * state.focal[self.camera, None, None]
-        return own, turned[self.frame], camera, pixels + self.center[self.camera, None]
-
-    def _sight_rotation(self, state: LandmarkFit) -> Array:
-        """(O, 3, 3) rotation from head axes to axes along the line of sight to the head."""
-        flip = np.diag(_FLIP)
-        extr = state.extr[self.camera]
-        rotation = flip @ extr[:, :3, :3] @ flip @ state.rotation[self.frame]
-        position = (
-            np.einsum("oij,oj->oi", extr[:, :3, :3], state.tra[self.frame] * _FLIP) + extr[:, :3, 3]
-        ) * _FLIP
-        return _turn_towards(-position).transpose(0, 2, 1) @ rotation
-
-    def visibility(self, state: LandmarkFit, camera: Array) -> Array:
-        """(O, N) 0..1: whether the surface at a landmark faces the camera."""
-        normals = self.model.normals @ state.rotation.transpose(0, 2, 1)
-        seen = (normals[self.frame] * _FLIP) @ state.extr[self.camera, :3, :3].transpose(0, 2, 1)
-        sight = -camera / np.linalg.norm(camera, axis=-1, keepdims=True)
-        cosine = (seen * sight).sum(-1)
-        visible: Array = np.clip((cosine + 0.1) / 0.4, 0.0, 1.0) ** 2
-        return visible
-
-    def _weights(self, state: LandmarkFit, camera: Array, residual: Array) -> Array:
-        """(O, N) influence of every landmark: its precision, visibility and robust weight."""
-        base = self.base_weight * self.visibility(state, camera) * self.trust[:, None]
-        square = (residual**2).sum(-1) * self.precision
-        weights: Array = base / (1.0 + square / _ROBUST_SCALE**2) ** 2
-        return weights
-
-    def _pair_weights(self, weight: Array, residual: Array) -> Array:
-        """(O, P) influence of the distances between lids and between lips."""
-        first, second = LID_AND_LIP_PAIRS.T
-        visible = np.minimum(weight[:, first], weight[:, second])
-        difference = ((residual[:, first] - residual[:, second]) ** 2).sum(-1)
-        robust = 1.0 / (1.0 + difference * self.pair_precision / _ROBUST_SCALE**2) ** 2
-        pairs: Array = visible * robust * self.pair_precision / _CORRELATED
-        return pairs * self.trust[:, None]
-
-    def residual_figures(self, state: LandmarkFit) -> Array:
-        """(O,) figures of `LandmarkFit.residuals`."""
-        _, _, camera, pixels = self.camera_points(state)
-        distance = np.linalg.norm(pixels - self.pixels, axis=-1) / self.size[:, None]
-        weight = self.base_weight * self.visibility(state, camera)
-        figures: Array = (distance * weight).sum(1) / weight.sum(1)
-        return figures
-
-    def _step(self, state: LandmarkFit, free: _Free, smoothness: float) -> None:
+    def _step(self, state: LandmarkFit, free: Free, smoothness: float) -> None:
         """One Gauss-Newton step on everything that is free."""
         model = self.model
         _, turned, camera, pixels = self.camera_points(state)
         residual = (pixels - self.pixels) / self.size[:, None, None]
-        weight = self._weights(state, camera, residual)
-        pairs = self._pair_weights(self.visibility(state, camera), residual)
+        weight = self.weights(state, camera, residual)
+        pairs = self.pair_weights(self.visibility(state, camera), self.pair_residual(pixels))
         weight = np.concatenate([weight, pairs], axis=1)
-        residual = _with_pairs(residual, axis=1)
+        residual = np.concatenate([residual, self.pair_residual(pixels)], axis=1)
         num_expr = state.expr.shape[1] if free.expression else 0
         num_shape = len(state.shape) if free.shape else 0
-        num_cameras = len(self.cameras)
         size = 6 + num_expr
-        shared_size = num_shape + (7 * num_cameras if free.cameras else 0)
+        shared_size = num_shape + (7 * len(self.cameras) if free.cameras else 0)
 
         frame_matrix = np.zeros((self.num_frames, size, size))
         frame_vector = np.zeros((self.num_frames, size))
         cross = np.zeros((self.num_frames, size, shared_size))
         shared_matrix = np.zeros((shared_size, shared_size))
         shared_vector = np.zeros(shared_size)
-        for o, (t, c) in enumerate(zip(self.frame, self.camera, strict=True)):
-            depth = np.maximum(camera[o, :, 2], 1e-3)
-            focal = state.focal[c] / self.size[o]
-            slope = np.zeros((model.num_points, 2, 3))
-            slope[:, 0, 0] = slope[:, 1, 1] = focal / depth
-            slope[:, :, 2] = -focal * camera[o, :, :2] / depth[:, None] ** 2
-            to_world = slope @ state.extr[c, :3, :3]
-            to_head = to_world * _FLIP
-            # Left-multiplied small rotation: d(R q) = w x (R q).
-            jacobian = np.empty((model.num_points, 2, size))
-            jacobian[:, :, :3] = np.cross(turned[o][:, None], to_head)
-            jacobian[:, :, 3:6] = to_head
-            in_own_frame = to_head @ state.rotation[t]
-            if num_expr:
-                jacobian[:, :, 6:] = in_own_frame @ model.expression_basis
-            jacobian = _with_pairs(jacobian)
-            weighted = jacobian * weight[o, :, None, None]
-            flat, flat_weighted = jacobian.reshape(-1, size), weighted.reshape(-1, size)
-            frame_matrix[t] += _gram(flat_weighted, flat)
-            frame_vector[t] += flat_weighted.T @ residual[o].reshape(-1)
+        for o, t in enumerate(self.frame):
+            own, shared = self.jacobians(
+                state, o, turned[o], camera[o], model.shape_basis, model.expression_basis, free
+            )
+            rows = [with_pairs(own).reshape(-1, size)]
+            shared_rows = [with_pairs(shared).reshape(len(rows[0]), shared_size)]
+            row_weights, errors = [np.repeat(weight[o], 2)], [residual[o].reshape(-1)]
+            outline = self.outlines[o]
+            if outline is not None:
+                part = self.outline_rows(state, o, outline, free)
+                for rest, more in zip((rows, shared_rows, row_weights, errors), part, strict=True):
+                    rest.append(more)
+            flat, flat_shared = np.concatenate(rows), np.concatenate(shared_rows)
+            influence, error = np.concatenate(row_weights), np.concatenate(errors)
+            flat_weighted = flat * influence[:, None]
+            frame_matrix[t] += gram(flat_weighted, flat)
+            frame_vector[t] += flat_weighted.T @ error
             if not shared_size:
                 continue
-            shared = np.zeros((model.num_points, 2, shared_size))
-            if num_shape:
-                shared[:, :, :num_shape] = in_own_frame @ model.shape_basis
-            if free.cameras:
-                first = num_shape + 7 * c
-                shared[:, :, first] = camera[o, :, :2] / depth[:, None] * focal
-                # Small motion of the camera itself, in its own axes.
-                inside = camera[o] - state.extr[c, :3, 3]
-                shared[:, :, first + 1 : first + 4] = np.cross(inside[:, None], slope)
-                shared[:, :, first + 4 : first + 7] = slope
-            flat_shared = _with_pairs(shared).reshape(-1, shared_size)
-            cross[t] += _gram(flat_weighted, flat_shared)
-            by_weight = flat_shared * np.repeat(weight[o], 2)[:, None]
-            shared_matrix += _gram(by_weight, flat_shared)
-            shared_vector += by_weight.T @ residual[o].reshape(-1)
+            cross[t] += gram(flat_weighted, flat_shared)
+            by_weight = flat_shared * influence[:, None]
+            shared_matrix += gram(by_weight, flat_shared)
+            shared_vector += by_weight.T @ error
 
         self._add_priors(state, free, frame_matrix, frame_vector, shared_matrix, shared_vector)
         steps, shared_step = self._solve(
@@ -430,7 +279,7 @@ class LandmarkFitter:
     def _add_priors(
         self,
         state: LandmarkFit,
-        free: _Free,
+        free: Free,
         frame_matrix: Array,
         frame_vector: Array,
         shared_matrix: Array,
@@ -456,7 +305,7 @@ class LandmarkFitter:
             first = num_shape + 7 * c
             frames = self.frame[self.camera == c]
             extr = state.extr[c]
-            depth = (state.tra[frames] * _FLIP) @ extr[2, :3] + extr[2, 3]
+            depth = (state.tra[frames] * FLIP) @ extr[2, :3] + extr[2, 3]
             scale = float(np.median(depth)) / float(state.focal[c])
             target, sigma = self._focal_prior(c, scale)
             shared_matrix[first, first] += sigma**-2
@@ -509,8 +358,11 @@ class LandmarkFitter:
         right = np.concatenate([-vector[..., None], cross], axis=-1)
         if smoothness > 0 and frames > 2:
             weights = self._acceleration_weights(size - 6)
-            right[..., 0] -= _acceleration_gradient(state, size - 6) * weights
-            solved = _solve_banded(matrix, weights, right)
+            right[..., 0] -= (
+                acceleration_gradient(state.rotation, state.tra, state.expr[:, : size - 6])
+                * weights
+            )
+            solved = solve_banded(matrix, weights, right)
         else:
             solved = np.linalg.solve(matrix, right)
         own, response = solved[..., 0], solved[..., 1:]
@@ -521,7 +373,7 @@ class LandmarkFitter:
         shared_step = cho_solve(cho_factor(reduced), gradient)
         return own - response @ shared_step, shared_step
 
-    def _apply(self, state: LandmarkFit, free: _Free, steps: Array, shared: Array) -> None:
+    def _apply(self, state: LandmarkFit, free: Free, steps: Array, shared: Array) -> None:
         # Long steps leave the region where the linearisation holds.
         turn = steps[:, :3]
         turn = turn * np.minimum(1.0, 0.5 / (np.linalg.norm(turn, axis=1, keepdims=True) + 1e-12))
@@ -539,94 +391,6 @@ class LandmarkFitter:
             rotation = Rotation.from_rotvec(np.clip(move[1:4], -0.3, 0.3)).as_matrix()
             state.extr[c, :3, :3] = rotation @ state.extr[c, :3, :3]
             state.extr[c, :3, 3] += np.clip(move[4:7], -0.3, 0.3)
-
-
-def _gram(first: Array, second: Array) -> Array:
-    """first^T second. By torch, whose threads the caller can limit; numpy's cannot be."""
-    product = torch.from_numpy(first).T @ torch.from_numpy(second)
-    result: Array = product.numpy()
-    return result
-
-
-def _with_pairs(values: Array, axis: int = 0) -> Array:
-    """Values per landmark, followed by their differences over the lid and lip pairs."""
-    first, second = LID_AND_LIP_PAIRS.T
-    difference = np.take(values, first, axis) - np.take(values, second, axis)
-    return np.concatenate([values, difference], axis)
-
-
-def _turn_towards(directions: Array) -> Array:
-    """(O, 3, 3) smallest rotations that take +z to the given directions (O, 3)."""
-    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    axis = np.stack([-unit[:, 1], unit[:, 0], np.zeros(len(unit))], axis=-1)
-    sine = np.linalg.norm(axis, axis=1, keepdims=True)
-    angle = np.arctan2(sine, unit[:, 2:])
-    matrices: Array = Rotation.from_rotvec(axis / np.maximum(sine, 1e-12) * angle).as_matrix()
-    return matrices
-
-
-def _rigid_part(points: Array, basis: Array) -> Array:
-    """Penalty matrix (K, K) on the rotation and translation that coefficients cause.
-
-    The best-fitting rigid motion of the displacement field of every basis vector is found by least
-    squares; its size counts in units of a degree and two millimetres.
-    """
-    centered = points - points.mean(axis=0)
-    motion = np.zeros((len(points), 3, 6))
-    # w x p as a matrix acting on w.
-    for axis in range(3):
-        unit = np.zeros(3)
-        unit[axis] = 1.0
-        motion[:, :, axis] = np.cross(unit, centered)
-        motion[:, axis, 3 + axis] = 1.0
-    solution, *_ = np.linalg.lstsq(
-        motion.reshape(-1, 6), basis.reshape(-1, basis.shape[-1]), rcond=None
-    )
-    solution[:3] /= _RIGID_ANGLE
-    solution[3:] /= _RIGID_SHIFT_M
-    penalty: Array = solution.T @ solution
-    return penalty
-
-
-def _acceleration_gradient(state: LandmarkFit, num_expr: int) -> Array:
-    """(T, n): D^T D of the current parameters, D the second difference over frames."""
-    frames = len(state.rotation)
-    relative = state.rotation[1:] @ state.rotation[:-1].transpose(0, 2, 1)
-    velocity = Rotation.from_matrix(relative).as_rotvec()
-    acceleration = np.zeros((frames - 2, 6 + num_expr))
-    acceleration[:, :3] = np.diff(velocity, axis=0)
-    acceleration[:, 3:6] = np.diff(state.tra, n=2, axis=0)
-    if num_expr:
-        acceleration[:, 6:] = np.diff(state.expr, n=2, axis=0)
-    gradient = np.zeros((frames, 6 + num_expr))
-    for place, factor in enumerate((1.0, -2.0, 1.0)):
-        gradient[place : place + frames - 2] += factor * acceleration
-    return gradient
-
-
-def _solve_banded(matrix: Array, weights: Array, right: Array) -> Array:
-    """Solves (blockdiag(matrix) + D^T D x diag(weights)) x = right for all frames at once."""
-    frames, size, columns = right.shape
-    stencil = np.zeros((frames, 3))  # diagonals 0, 1, 2 of D^T D
-    for place in range(frames - 2):
-        for i, a in enumerate((1.0, -2.0, 1.0)):
-            for j in range(i, 3):
-                stencil[place + i, j - i] += a * (1.0, -2.0, 1.0)[j]
-    total, band = frames * size, 2 * size
-    lower = np.zeros((band + 1, total))
-    index = np.arange(size)
-    for offset in range(size):
-        values = np.zeros((frames, size))
-        column = index[: size - offset]
-        values[:, : size - offset] = matrix[:, column + offset, column]
-        lower[offset] += values.reshape(-1)
-    for distance in range(3):
-        lower[distance * size] += (stencil[:, distance, None] * weights).reshape(-1)
-    solved = solveh_banded(
-        lower, right.reshape(total, columns), lower=True, overwrite_ab=True, check_finite=False
-    )
-    result: Array = solved.reshape(frames, size, columns)
-    return result
 
 
 def with_eyes(fit: LandmarkFit, eye_rot: Array) -> LandmarkFit:

@@ -15,13 +15,9 @@ from scipy.interpolate import make_interp_spline
 from scipy.spatial import cKDTree
 
 from cap4d_core.flame.model import HeadModel
-from cap4d_core.tracking.correspondence import (
-    BIAS_YAW_DEG,
-    EYEBALLS,
-    Correspondence,
-    eyeball_center,
-    sunken_eyes,
-)
+from cap4d_core.tracking.correspondence import BIAS_YAW_DEG, Correspondence
+from cap4d_core.tracking.silhouette import HeadOutline
+from cap4d_core.tracking.template_views import EYEBALLS, eyeball_center, sunken_eyes
 
 Array = NDArray[np.float64]
 
@@ -33,6 +29,7 @@ class LandmarkModel:
         rest (N, 3): landmarks of the mean head at rest, constant pose correctives included.
         normals (N, 3): outward normals there.
         shape_basis (N, 3, S), expression_basis (N, 3, E).
+        outline: the head's surface, for its silhouette.
         spread (N,): uncertainty of the landmarks on the surface in metres.
         density_weight (N,): share of the surface that a landmark stands for, 1 on average.
         face_size: scale of the face in metres: extent of the landmarks.
@@ -50,6 +47,7 @@ class LandmarkModel:
         self.expression_basis = self._reduce(model.pose_basis[: model.num_expr])
         vertices = self._whole_head(np.zeros(model.num_shape))[0]
         normals = _vertex_normals(vertices, faces)
+        self.outline = HeadOutline(model, vertices, normals, self.rest)
         blended = (normals[self._corners] * self._weights[..., None]).sum(1)
         self.normals = blended / np.linalg.norm(blended, axis=1, keepdims=True)
         extent = self.rest.max(axis=0) - self.rest.min(axis=0)
@@ -74,8 +72,7 @@ class LandmarkModel:
         # rotation = Rz(roll) Rx(pitch) Ry(yaw)
         yaw = np.degrees(np.arctan2(-rotation[:, 2, 0], rotation[:, 2, 2]))
         roll = np.arctan2(-rotation[:, 0, 1], rotation[:, 1, 1])
-        yaw = np.clip(yaw, BIAS_YAW_DEG[0], BIAS_YAW_DEG[-1])
-        upright = self._bias(yaw)
+        upright = self._bias(np.clip(yaw, BIAS_YAW_DEG[0], BIAS_YAW_DEG[-1]))
         cosine, sine = np.cos(roll), np.sin(roll)
         turn = np.stack([np.stack([cosine, -sine], -1), np.stack([sine, cosine], -1)], -2)
         result: Array = upright @ turn.transpose(0, 2, 1)

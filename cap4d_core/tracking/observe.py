@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cap4d_core.settings import TrackingSettings
 from cap4d_core.tracking.detector import Detection, FaceDetector
-from cap4d_core.tracking.gaze import CLOSED_BELOW, eye_openness
+from cap4d_core.tracking.eyeball import CLOSED_BELOW, eye_openness
 from cap4d_core.tracking.landmarks import (
     FaceLandmarks,
     LandmarkNetwork,
@@ -24,6 +24,7 @@ from cap4d_core.tracking.landmarks import (
     cut_region,
     region_of_detection,
 )
+from cap4d_core.tracking.silhouette import DistanceField
 from cap4d_core.tracking.video_input import RecordedCamera
 
 MIN_SCORE = 0.5
@@ -46,7 +47,7 @@ class Observed:
     """One frame of one camera.
 
     landmarks is None without a face. flags are remarks; problem is the reason why the frame is left
-    out, None for usable frames.
+    out, None for usable frames. outline: edge of the person, where a matte was made.
     """
 
     camera: int
@@ -58,6 +59,7 @@ class Observed:
     openness: float = 0.0
     flags: list[str] = field(default_factory=list)
     problem: str | None = None
+    outline: DistanceField | None = None
 
     @property
     def face_box(self) -> tuple[float, float, float, float] | None:

@@ -26,13 +26,13 @@ from cap4d_core.flame.template import NUM_HEAD_VERTICES
 from cap4d_core.geometry.cameras import flip_head_opencv
 from cap4d_core.geometry.rotations import so3_log
 from cap4d_core.progress import Progress, ProgressCallback
-from cap4d_core.tracking.correspondence import align_similarity
 from cap4d_core.tracking.pixel3dmm import (
     eye_rotation,
     limit_eye_rotation,
     smooth_over_time,
     uncrop_intrinsics,
 )
+from cap4d_core.tracking.surface import align_similarity
 
 Array = NDArray[np.float64]
 Parameters = dict[str, Tensor]

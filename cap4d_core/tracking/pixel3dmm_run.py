@@ -1,83 +1,33 @@
 """Runs an installed Pixel3DMM on a recording, in its own Python environment.
 
-Everything it needs is looked for before anything runs, and all that is missing is named at once.
-The checkout is `tracking.pixel3dmm_path` or PIXEL3DMM_PATH; its Python is PIXEL3DMM_PYTHON, or
-`.venv/bin/python` in the checkout. Gaze and mattes come from the built-in networks.
+Gaze and mattes come from the built-in networks.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cap4d_core.errors import InputFileError, MissingAssetError, UserError
+from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.images import write_image
 from cap4d_core.files.tracking import Tracking
 from cap4d_core.flame.model import HeadModel, read_companion_array
 from cap4d_core.flame.template import NUM_HEAD_VERTICES
 from cap4d_core.progress import ProgressCallback
 from cap4d_core.tracking.pixel3dmm_convert import fit_vertices, read_output, to_tracking
+from cap4d_core.tracking.pixel3dmm_installation import Installation, process_environment
 from cap4d_core.tracking.video_input import Recording
 
 logger = logging.getLogger(__name__)
 
-PATH_VARIABLE, PYTHON_VARIABLE = "PIXEL3DMM_PATH", "PIXEL3DMM_PYTHON"
 VERTEX_WEIGHTS = "flowface_vertex_weights.npy"
-_SCRIPTS = ("run_preprocessing.py", "network_inference.py", "track.py")
 _INPUT_NAME = "input"
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A usable Pixel3DMM: its checkout and its Python."""
-
-    checkout: Path
-    python: Path
-
-
-def find_installation(path: str | None) -> Installation:
-    """Finds Pixel3DMM.
-
-    Args:
-        path: checkout; None = the environment variable.
-
-    Raises:
-        MissingAssetError: names everything that is missing.
-    """
-    given = path or os.environ.get(PATH_VARIABLE)
-    if not given:
-        raise MissingAssetError(
-            "tracking.backend is 'pixel3dmm', but no checkout of Pixel3DMM is known. Set "
-            f"tracking.pixel3dmm_path or {PATH_VARIABLE}, or use tracking.backend: landmarks."
-        )
-    checkout = Path(given)
-    python = Path(os.environ.get(PYTHON_VARIABLE) or checkout / ".venv" / "bin" / "python")
-    missing = []
-    if not checkout.is_dir():
-        missing.append(f"the checkout {checkout}")
-    else:
-        missing += [
-            f"{checkout / 'scripts' / name}"
-            for name in _SCRIPTS
-            if not (checkout / "scripts" / name).is_file()
-        ]
-    if not python.is_file():
-        missing.append(f"its Python {python} (set {PYTHON_VARIABLE})")
-    if missing:
-        raise MissingAssetError(
-            "Pixel3DMM cannot be run; missing: "
-            + "; ".join(missing)
-            + ". Install it as its README says, or use tracking.backend: landmarks."
-        )
-    return Installation(checkout, python)
 
 
 def fit_with_pixel3dmm(
@@ -113,8 +63,7 @@ def fit_with_pixel3dmm(
         write_image(frames / f"{timestep:05d}.png", image)
     preprocessing, tracking = work_dir / "pixel3dmm_preprocessing", work_dir / "pixel3dmm_tracking"
     environment = {
-        **os.environ,
-        "PIXEL3DMM_CODE_BASE": str(installation.checkout.resolve()),
+        **process_environment(installation.checkout),
         "PIXEL3DMM_PREPROCESSED_DATA": str(preprocessing.resolve()),
         "PIXEL3DMM_TRACKING_OUTPUT": str(tracking.resolve()),
     }

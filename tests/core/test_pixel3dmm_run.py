@@ -19,6 +19,7 @@ from cap4d_core.flame.model import HeadModel
 from cap4d_core.geometry.cameras import flip_head_opencv
 from cap4d_core.settings import TrackingSettings
 from cap4d_core.tracking.pixel3dmm_convert import read_output
+from cap4d_core.tracking.pixel3dmm_installation import find_installation
 from cap4d_core.tracking.track import track_subject
 from tests.core.tracker_pictures import (
     correspondence_file,
@@ -57,6 +58,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("run_preprocessing.py", "network_inference.py", "track.py"):
         (folder / "scripts").mkdir(parents=True, exist_ok=True)
         (folder / "scripts" / name).write_text(_SCRIPT)
+    (folder / "src/pixel3dmm").mkdir(parents=True)
+    (folder / "src/pixel3dmm/__init__.py").touch()
     truth = read_fit(demo_subject() / "fit.npz").frames(0, 1)
     model = HeadModel.load(demo_head_folder(), mouth=False)
     with torch.no_grad():
@@ -134,6 +137,12 @@ def test_everything_missing_is_named_before_anything_runs(
     with pytest.raises(MissingAssetError, match=r"scripts/track\.py; its Python .*no-python"):
         _track(checkout, tmp_path)
     assert not (checkout / "calls.txt").exists()
+    monkeypatch.setenv("PIXEL3DMM_PYTHON", sys.executable)
+    (checkout / "src/pixel3dmm/__init__.py").unlink()
+    (checkout / "src/pixel3dmm").rmdir()
+    message = r"scripts/track\.py; the module pixel3dmm in .*make install-pixel3dmm"
+    with pytest.raises(MissingAssetError, match=message):
+        find_installation(str(checkout))
     monkeypatch.delenv("PIXEL3DMM_PATH", raising=False)
     settings = TrackingSettings(backend="pixel3dmm")
     with pytest.raises(MissingAssetError, match="no checkout of Pixel3DMM is known"):

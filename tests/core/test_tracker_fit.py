@@ -8,33 +8,20 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cap4d_core.flame.model import HeadModel
-from cap4d_core.tracking.correspondence import (
-    EYEBALLS,
-    Correspondence,
-    align_similarity,
-    closest_on_surface,
-    load_or_compute,
-    sunken_eyes,
-    template_vertices,
-)
-from cap4d_core.tracking.gaze import estimate_gaze
-from cap4d_core.tracking.landmark_fit import (
-    Camera,
-    LandmarkFitter,
-    Observation,
-    _acceleration_gradient,
-    _rigid_part,
-    _solve_banded,
-    _turn_towards,
-)
+from cap4d_core.tracking.correspondence import Correspondence, load_or_compute
+from cap4d_core.tracking.eyeball import eye_rotation
+from cap4d_core.tracking.gaze import RESPONSE, TOWARDS_CAMERA, estimate_gaze
+from cap4d_core.tracking.landmark_fit import Camera, LandmarkFit, LandmarkFitter, Observation
 from cap4d_core.tracking.landmark_model import LandmarkModel
 from cap4d_core.tracking.landmark_topology import MIRRORED
 from cap4d_core.tracking.selection import Candidate, select_references
+from cap4d_core.tracking.solver import acceleration_gradient, rigid_part, solve_banded
+from cap4d_core.tracking.surface import align_similarity, closest_on_surface
+from cap4d_core.tracking.template_views import EYEBALLS, sunken_eyes, template_vertices
+from tests.core.tracker_heads import SIZE, observe
 from tests.core.tracker_pictures import correspondence_file, demo_head_folder
 
 Array = NDArray[np.float64]
-FLIP = np.array([1.0, -1.0, -1.0])
-SIZE = (480, 640)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +58,7 @@ def test_correspondence_is_cached_for_its_model_only(
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("cap4d_core.tracking.correspondence.compute_correspondence", refuse)
+    monkeypatch.setattr("cap4d_core.tracking.registration.compute_correspondence", refuse)
     again = load_or_compute(demo_head_folder(), correspondence_file())
     assert np.array_equal(again.faces, placed.faces)
     monkeypatch.setattr("cap4d_core.tracking.correspondence.sha256_file", lambda _: "another")
@@ -108,40 +95,6 @@ def test_sunken_eyes_are_noticed(model: LandmarkModel) -> None:
     assert np.abs(sunken_eyes(vertices)[:, 2] - 0.02).max() < 0.006
 
 
-def _observe(
-    model: LandmarkModel,
-    shape: Array,
-    expr: Array,
-    rot: Array,
-    tra: Array,
-    focal: float,
-    extr: Array | None = None,
-    eye_rot: Array | None = None,
-) -> Array:
-    """(T, 478, 3) landmarks of known heads: pixels and a depth as the network gives it."""
-    extr = np.eye(4) if extr is None else extr
-    rotation = Rotation.from_rotvec(rot).as_matrix()
-    own = model.points(shape, expr)
-    centers, pupils, _ = model.eyes(shape)
-    gaze = np.zeros((len(rot), 3)) if eye_rot is None else eye_rot
-    turned = Rotation.from_rotvec(gaze).as_matrix()
-    irises = centers + np.einsum("tij,ej->tei", turned, pupils - centers)
-    iris_points = np.repeat(irises, 5, axis=1)
-    points = np.concatenate([own, iris_points], axis=1)
-    world = (points @ rotation.transpose(0, 2, 1) + tra[:, None]) * FLIP
-    camera = world @ extr[:3, :3].T + extr[:3, 3]
-    # The fit adds the network's error of the view, so ideal observations must contain it.
-    sight = (tra * FLIP @ extr[:3, :3].T + extr[:3, 3]) * FLIP
-    flip = np.diag(FLIP)
-    to_camera = flip @ extr[:3, :3] @ flip @ rotation
-    bias = model.view_bias(_turn_towards(-sight).transpose(0, 2, 1) @ to_camera)
-    camera[:, :468, :2] += bias * [1.0, -1.0]
-    scale = focal / camera[:, :, 2].mean(axis=1)
-    pixels = camera[..., :2] / camera[..., 2:] * focal + [SIZE[1] / 2, SIZE[0] / 2]
-    depth = (camera[..., 2] - camera[..., 2].mean(axis=1, keepdims=True)) * scale[:, None]
-    return np.concatenate([pixels, depth[..., None]], axis=-1)
-
-
 def _heads(frames: int, seed: int) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng(seed)
     expr = np.zeros((frames, 65))
@@ -156,7 +109,7 @@ def test_known_heads_are_recovered(model: LandmarkModel) -> None:
     shape = np.zeros(150)
     shape[:8] = np.random.default_rng(1).normal(size=8)
     focal = 900.0
-    seen = _observe(model, shape, expr, rot, tra, focal)
+    seen = observe(model, shape, expr, rot, tra, focal)
     fitter = LandmarkFitter(
         model, [Camera(SIZE, focal)], [Observation(t, 0, p) for t, p in enumerate(seen)], 6
     )
@@ -173,7 +126,7 @@ def test_known_heads_are_recovered(model: LandmarkModel) -> None:
 
 def test_outliers_and_hidden_sides_do_not_turn_the_head(model: LandmarkModel) -> None:
     rot, tra = np.array([[0.05, 0.9, 0.0]]), np.array([[0.0, 0.0, -1.2]])
-    seen = _observe(model, np.zeros(150), np.zeros((1, 65)), rot, tra, 900.0)
+    seen = observe(model, np.zeros(150), np.zeros((1, 65)), rot, tra, 900.0)
     size = np.ptp(seen[0, :468, 0])
     wrong = np.random.default_rng(0).choice(468, 40, replace=False)
     seen[0, wrong, :2] += 0.25 * size
@@ -186,7 +139,7 @@ def test_pose_and_expression_survive_a_shift_off_the_axis(model: LandmarkModel) 
     # A head beside the optical axis looks turned; the fit must tell both apart.
     rot = np.array([[0.0, 0.3, 0.0]] * 2)
     tra = np.array([[-0.25, 0.0, -1.2], [0.25, 0.1, -1.2]])
-    seen = _observe(model, np.zeros(150), np.zeros((2, 65)), rot, tra, 700.0)
+    seen = observe(model, np.zeros(150), np.zeros((2, 65)), rot, tra, 700.0)
     fit = LandmarkFitter(
         model, [Camera(SIZE, 700.0)], [Observation(t, 0, p) for t, p in enumerate(seen)], 2
     ).fit()
@@ -206,7 +159,7 @@ def test_second_camera_is_used_or_found(model: LandmarkModel, known: bool) -> No
     observations = [
         Observation(t, c, points)
         for c, extr in enumerate((np.eye(4), turn))
-        for t, points in enumerate(_observe(model, np.zeros(150), expr, rot, tra, 900.0, extr))
+        for t, points in enumerate(observe(model, np.zeros(150), expr, rot, tra, 900.0, extr))
     ]
     cameras = [Camera(SIZE, 900.0), Camera(SIZE, 900.0, extr=turn if known else None)]
     fit = LandmarkFitter(model, cameras, observations, 4).fit()
@@ -222,7 +175,7 @@ def test_smoothness_removes_jitter_and_keeps_motion(model: LandmarkModel) -> Non
     time = np.arange(frames) / 30.0
     rot = np.stack([0.1 * np.sin(5 * time), 0.4 * np.sin(3 * time), 0 * time], axis=1)
     tra = np.tile([0.0, 0.0, -1.2], (frames, 1))
-    seen = _observe(model, np.zeros(150), np.zeros((frames, 65)), rot, tra, 900.0)
+    seen = observe(model, np.zeros(150), np.zeros((frames, 65)), rot, tra, 900.0)
     rng = np.random.default_rng(0)
     # Landmarks of a frame err together: shift, turn and scale, a third of a percent of the face.
     size = np.ptp(seen[:, :468, 0], axis=1).mean()
@@ -249,18 +202,25 @@ def test_smoothness_removes_jitter_and_keeps_motion(model: LandmarkModel) -> Non
     assert smooth[2] < 1.1 * rough[2]
 
 
-def test_gaze_is_recovered(model: LandmarkModel) -> None:
-    gaze = np.array([[0, 0, 0], [0, 0.3, 0], [0, -0.25, 0], [0.2, 0.1, 0.0]])
+def test_gaze_is_recovered_from_what_the_network_makes_of_it(model: LandmarkModel) -> None:
+    gaze = np.array([[0, 0], [0.3, 0], [-0.25, 0], [0.1, 0.15]])
     rot = np.array([[0, 0, 0], [0, -0.4, 0], [0.1, 0.3, 0.1], [0, 0, 0.2]])
     tra = np.tile([0.05, 0.0, -1.2], (4, 1))
-    seen = _observe(model, np.zeros(150), np.zeros((4, 65)), rot, tra, 900.0, eye_rot=gaze)
-    fitter = LandmarkFitter(
-        model, [Camera(SIZE, 900.0)], [Observation(t, 0, p) for t, p in enumerate(seen)], 4
-    )
-    found = estimate_gaze(fitter, fitter.fit(), smooth=False)
-    error = Rotation.from_rotvec(found.eye_rot).inv() * Rotation.from_rotvec(gaze)
-    # A prior of 20 degrees against errors of 4 takes 4 % off; the rest is the fit of the lids.
-    assert np.degrees(error.magnitude()).max() < 5.0
+
+    def fitted(drawn: Array) -> tuple[LandmarkFitter, LandmarkFit]:
+        eyes = eye_rotation(drawn)
+        seen = observe(model, np.zeros(150), np.zeros((4, 65)), rot, tra, 900.0, eye_rot=eyes)
+        observations = [Observation(t, 0, p) for t, p in enumerate(seen)]
+        fitter = LandmarkFitter(model, [Camera(SIZE, 900.0)], observations, 4)
+        return fitter, fitter.fit()
+
+    fitter, fit = fitted(np.zeros((4, 2)))
+    fitter, fit = fitted(RESPONSE * gaze - TOWARDS_CAMERA * fitter.sight_angles(fit))
+    found = estimate_gaze(fitter, fit, smooth=False).eye_rot
+    # Two eyes with errors of 4 degrees against a prior of 20; vertically of 7 against 10.
+    expected = Rotation.from_rotvec(eye_rotation(gaze * [0.96, 0.8]))
+    error = np.degrees((Rotation.from_rotvec(found).inv() * expected).magnitude())
+    assert error.max() < 5.0, error
 
 
 def test_banded_solution_is_that_of_the_full_system() -> None:
@@ -276,7 +236,7 @@ def test_banded_solution_is_that_of_the_full_system() -> None:
     for t in range(frames):
         full[t * size : (t + 1) * size, t * size : (t + 1) * size] += matrix[t]
     expected = np.linalg.solve(full, right.reshape(-1, 2)).reshape(frames, size, 2)
-    assert np.allclose(_solve_banded(matrix, weights, right), expected)
+    assert np.allclose(solve_banded(matrix, weights, right), expected)
 
 
 def test_acceleration_gradient_is_that_of_the_energy(model: LandmarkModel) -> None:
@@ -286,12 +246,12 @@ def test_acceleration_gradient_is_that_of_the_energy(model: LandmarkModel) -> No
         [Camera(SIZE, 900.0)],
         [
             Observation(t, 0, p)
-            for t, p in enumerate(_observe(model, np.zeros(150), *_heads(5, 3), 900.0))
+            for t, p in enumerate(observe(model, np.zeros(150), *_heads(5, 3), 900.0))
         ],
         5,
     )._initial()
     fit.tra, fit.expr = rng.normal(size=(5, 3)), rng.normal(size=(5, 65))
-    gradient = _acceleration_gradient(fit, 65)
+    gradient = acceleration_gradient(fit.rotation, fit.tra, fit.expr)
     step = 1e-6
     for t, k in ((0, 0), (2, 1), (4, 2)):
         energies = []
@@ -307,13 +267,13 @@ def test_rigid_part_sees_rotations_and_nothing_else() -> None:
     points = rng.normal(size=(60, 3)) * 0.05
     turn = np.cross([0.0, 1.0, 0.0], points - points.mean(0)) * np.deg2rad(1.0)
     stretch = (points - points.mean(0)) * 0.1
-    penalty = _rigid_part(points, np.stack([turn, stretch], axis=-1))
+    penalty = rigid_part(points, np.stack([turn, stretch], axis=-1))
     assert penalty[0, 0] == pytest.approx(1.0, rel=1e-6)
     assert penalty[1, 1] < 1e-12
 
 
 def test_frames_without_observation_are_refused(model: LandmarkModel) -> None:
-    seen = _observe(model, np.zeros(150), *_heads(1, 0), 900.0)
+    seen = observe(model, np.zeros(150), *_heads(1, 0), 900.0)
     with pytest.raises(ValueError, match="every frame"):
         LandmarkFitter(model, [Camera(SIZE)], [Observation(0, 0, seen[0])], 2)
 

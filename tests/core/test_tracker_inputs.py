@@ -25,11 +25,12 @@ from cap4d_core.files.tracking import read_fit, read_tracked_subject, read_traje
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.progress import Progress
 from cap4d_core.settings import TrackingSettings
-from cap4d_core.tracking.correspondence import compute_correspondence, load_or_compute
+from cap4d_core.tracking.correspondence import load_or_compute
 from cap4d_core.tracking.detector import FaceDetector
 from cap4d_core.tracking.landmarks import LandmarkNetwork
 from cap4d_core.tracking.observe import FaceObserver, Observed
 from cap4d_core.tracking.quality import head_angles
+from cap4d_core.tracking.registration import compute_correspondence
 from cap4d_core.tracking.track import track_driving, track_subject
 from cap4d_core.tracking.video_input import open_recording, sample_times
 from tests.core.tracker_pictures import (
