@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
-from cap4d_core.diffusion.training.batches import BatchSource
+from cap4d_core.diffusion.training.batches import TrainingBatch
 from cap4d_core.diffusion.training.objective import DenoisingLoss
 from cap4d_core.diffusion.training.trainer import LossFunction, LossTerms
 
@@ -31,8 +31,15 @@ class DenoiserPass(nn.Module):
         return predicted
 
 
+class Draws(Protocol):
+    """What gives batches by number: `BatchSource` or `Prefetcher`."""
+
+    def draw(self, number: int, batch_size: int) -> TrainingBatch:
+        """The batch."""
+
+
 def denoiser_loss(
-    source: BatchSource, objective: DenoisingLoss, batch_size: int, device: torch.device
+    source: Draws, objective: DenoisingLoss, batch_size: int, device: torch.device
 ) -> LossFunction:
     """Loss on the batches of a source, moved to the device of training."""
 

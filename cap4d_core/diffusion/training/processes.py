@@ -28,6 +28,14 @@ class Group:
         dist.broadcast(flag, 0)
         return bool(flag.item())
 
+    def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """The means over all processes of values that all of them have; waits for them."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float32, device=device)
+        dist.all_reduce(total)
+        return dict(zip(values, (total / self.size).tolist(), strict=True))
+
     def wait(self) -> None:
         """Returns when all are here."""
         if self.size > 1:

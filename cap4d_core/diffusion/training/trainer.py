@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -95,7 +96,6 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=machine.device.type == "cuda",
         )
-        self.average = WeightAverage(module, settings.ema_decay)
         network: Any = module
         if machine.compile:
             from torch import _dynamo
@@ -103,8 +103,11 @@ class Trainer:
             _dynamo.config.suppress_errors = True
             network = torch.compile(module, dynamic=False)
         if machine.group.size > 1:
-            network = DistributedDataParallel(network)
+            index = machine.device.index
+            # Also gives all processes the weights of the first.
+            network = DistributedDataParallel(network, None if index is None else [index])
         self.network = network
+        self.average = WeightAverage(module, settings.ema_decay)
         self.last_metrics: dict[str, float] = {}
 
     # State ---------------------------------------------------------------------------------------
@@ -146,7 +149,13 @@ class Trainer:
                 "Delete it to start over.",
             ) from None
         if state["fingerprint"] != self.fingerprint:
-            logger.warning("%s: data, model or settings changed; starting over.", self.state_file)
+            kept = self.state_file.with_suffix(f".old{self.state_file.suffix}")
+            logger.warning(
+                "%s: data, model or settings changed; starting over. The state is kept as %s.",
+                self.state_file, kept.name,
+            )  # fmt: skip
+            if self.machine.group.is_first:
+                os.replace(self.state_file, kept)
             return False
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -209,9 +218,12 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             count += 1
             now = time.monotonic()
+            is_due = pace.step % settings.log_every == 0
             is_loud = now - printed >= LOG_SECONDS or pace.step <= 1
-            if pace.step % settings.log_every == 0 or is_loud:
+            # Clocks differ, and means over several processes need all of them.
+            if is_due or (is_loud and group.size == 1):
                 means = {name: float(value) / count for name, value in sums.items()}
+                means = group.mean(means, self.machine.device)
                 now = time.monotonic()
                 rate = (
                     count * settings.batch_size * settings.accumulate * group.size / (now - since)
@@ -247,7 +259,8 @@ class Trainer:
 
     def _without_sync(self, is_partial: bool) -> contextlib.AbstractContextManager[Any]:
         if is_partial and self.machine.group.size > 1:
-            return self.network.no_sync()  # type: ignore[no-any-return]
+            context: contextlib.AbstractContextManager[Any] = self.network.no_sync()
+            return context
         return contextlib.nullcontext()
 
     def _record(self, means: dict[str, float], rate: float, is_loud: bool) -> None:

@@ -39,13 +39,23 @@ class ViewTask:
     generated: Sequence[int]
 
 
-def conditioning_of(task: ViewTask, scale: float) -> tuple[FrameConditioning, FrameConditioning]:
-    """Conditioning of the references and of the views, cameras turned as when sampling."""
+def conditioning_of(
+    task: ViewTask, scale: float, turned: bool = True
+) -> tuple[FrameConditioning, FrameConditioning]:
+    """Conditioning of the references and of the views.
+
+    Args:
+        task: frames.
+        scale: of the latents.
+        turned: views are described as if the camera had gone round the head, as when sampling;
+            false = as they were taken, where the light does not turn with the head.
+    """
     table, count = task.table, len(task.references)
     device = table.surface.device
     frames = torch.tensor([[*task.references, *task.generated]], device=device)
     is_reference = (torch.arange(frames.shape[1], device=device) < count)[None]
-    maps = batch_maps(table, frames, is_reference, ~is_reference)[0]
+    is_turned = ~is_reference if turned else torch.zeros_like(is_reference)
+    maps = batch_maps(table, frames, is_reference, is_turned)[0]
     assert table.means is not None
     clean = table.means[frames[0]].float() * scale
     mask = is_reference[0].float()[:, None, None, None].expand_as(clean[:, :1])
@@ -63,9 +73,10 @@ def sample_task(
     num_steps: int,
     guidance_scale: float,
     batches_per_call: int = 4,
+    turned: bool = True,
 ) -> Tensor:
     """The views of a task from noise, (n, 3, H, W) in 0..1."""
-    references, generated = conditioning_of(task, autoencoder.config.scaling_factor)
+    references, generated = conditioning_of(task, autoencoder.config.scaling_factor, turned)
     count = len(task.references)
     shape = tuple(generated.z_input.shape)
     latents = sample_stochastic_io(
