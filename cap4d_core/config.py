@@ -43,6 +43,7 @@ PATH_SETTINGS = (
     ("head_model", "path"),
     ("head_model", "companions"),
     ("tracking", "pixel3dmm_path"),
+    ("tracking", "networks"),
     ("mmdm", "path"),
     ("sampling", "plan"),
     ("fitting", "lpips_weights"),
@@ -53,7 +54,12 @@ PATH_WORDS = frozenset({"auto", "demo"})
 # Fetched by a rule; a folder of this name is written ./download.
 DOWNLOAD = LPIPS_DOWNLOAD = "download"
 DOWNLOADED_PATHS = frozenset(
-    {("head_model", "path"), ("head_model", "companions"), ("fitting", "lpips_weights")}
+    {
+        ("head_model", "path"),
+        ("head_model", "companions"),
+        ("tracking", "networks"),
+        ("fitting", "lpips_weights"),
+    }
 )
 URL_SETTINGS = (
     ("mmdm", "url"),
@@ -61,6 +67,7 @@ URL_SETTINGS = (
     ("fitting", "lpips_url"),
     ("head_model", "url"),
     ("head_model", "companions_url"),
+    ("tracking", "networks_url"),
 )
 # Light copy of the rule of `cap4d_core.download`, which each job would have to import otherwise.
 _DOWNLOADABLE = re.compile(r"https://[^/\s]+/\S+|http://(localhost|127\.[\d.]+|\[::1\])(:\d+)?/\S+")
@@ -518,6 +525,12 @@ def _settings_problems(settings: SubjectSettings, samples: bool) -> list[str]:
         problems.append("mmdm.config_url: belongs to mmdm.url, which is not set")
     hashes: dict[str, str | None] = {"mmdm.sha256": mmdm.sha256}
     hashes |= {"head_model.sha256": settings.head_model.sha256}
+    tracking = settings.tracking
+    hashes |= {"tracking.networks_sha256": tracking.networks_sha256}
+    if tracking.networks == DOWNLOAD and None in (tracking.networks_url, tracking.networks_sha256):
+        problems.append(
+            "tracking.networks: 'download' needs tracking.networks_url and tracking.networks_sha256"
+        )
     for name, digest in (settings.head_model.companions_sha256 or {}).items():
         hashes[f"head_model.companions_sha256.{name}"] = digest
     for key, value in hashes.items():

@@ -84,6 +84,17 @@ class TrackingSettings(StrictModel):
     max_references: int = Field(
         100, ge=1, description="Reference frames to choose from photos or a video."
     )
+    networks: str | None = Field(
+        None,
+        description="Folder of face networks that replace the shipped ones of the same name, e.g. "
+        "larger ones (tools/convert_face_models.py); 'download' = from networks_url.",
+    )
+    networks_url: str | None = Field(
+        None, description="Where 'download' gets a .zip of such a folder from."
+    )
+    networks_sha256: str | None = Field(
+        None, description="Expected SHA-256 of that .zip; must be given."
+    )
     pixel3dmm_path: str | None = Field(
         None, description="Pixel3DMM checkout; null = the environment variable PIXEL3DMM_PATH."
     )

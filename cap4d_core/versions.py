@@ -10,6 +10,7 @@ from __future__ import annotations
 STAGE_VERSIONS: dict[str, int] = {
     "download_flame": 1,
     "download_companions": 1,
+    "download_networks": 1,
     "download_mmdm": 1,
     "download_lpips": 1,
     "prepare_head_model": 1,

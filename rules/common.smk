@@ -186,6 +186,13 @@ def subject_recording(wildcards):
     return [] if subject_fit_folder(wildcards) else subject_row(wildcards).reference
 
 
+def face_networks(wildcards):
+    """Their folder, or the record of their download, which lies in it; nothing for shipped ones."""
+    if CONFIG.settings.tracking.networks == DOWNLOAD:
+        return rules.download_networks.output.record
+    return CONFIG.settings.tracking.networks or []
+
+
 def subject_landmarks(wildcards):
     """Landmarks on the head model, which only tracking needs."""
     landmarks = rules.place_landmarks.output.landmarks

@@ -54,6 +54,31 @@ rule download_companions:
         "../workflow_scripts/download_companions.py"
 
 
+rule download_networks:
+    output:
+        record="<results>/assets/downloads/networks/download.json",
+    log:
+        text="<logs>/download_networks.log",
+    benchmark:
+        "<benchmarks>/download_networks.tsv"
+    localrule: True
+    conda:
+        "../envs/torch.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        version=STAGE_VERSIONS["download_networks"],
+        url=CONFIG.settings.tracking.networks_url,
+        sha256=CONFIG.settings.tracking.networks_sha256,
+        retries=5,
+    message:
+        "Downloading the face networks"
+    script:
+        "../workflow_scripts/download_networks.py"
+
+
 rule download_mmdm:
     output:
         record="<results>/assets/downloads/mmdm/download.json",

@@ -1,10 +1,11 @@
 """Tracking: head-model fits of the subjects and of the driving sequences."""
 
 
-# Once per head model: subjects and motions share it, and so do workflows (snakemake --cache).
+# Once per head model: subjects, motions and evaluations share it.
 rule place_landmarks:
     input:
         head_model=rules.prepare_head_model.output.folder,
+        networks=face_networks,
     output:
         landmarks="<results>/assets/landmarks/correspondence.npz",
         picture="<results>/assets/landmarks/correspondence.png",
@@ -33,6 +34,7 @@ rule track_subject:
         references=subject_references,
         recording=subject_recording,
         landmarks=subject_landmarks,
+        networks=face_networks,
         head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/{subject}/tracking/fit.npz",
@@ -63,6 +65,7 @@ rule track_driving:
         recording=driving_recording,
         trajectory=driving_trajectory,
         landmarks=driving_landmarks,
+        networks=face_networks,
         head_model=rules.prepare_head_model.output.folder,
     output:
         fit="<results>/driving/{driving}/fit.npz",

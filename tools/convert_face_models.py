@@ -6,6 +6,11 @@ The converted files are committed (cap4d_core/tracking/models), so users never n
     pip download --no-deps mediapipe==0.10.21 -d wheel
     python tools/convert_face_models.py wheel/mediapipe-0.10.21-*.whl cap4d_core/tracking/models
 
+Other models of the same kind, e.g. a larger one that separates people from the background, make a
+folder that tracking.networks can name, and, with --zip, a file that tracking.networks_url can:
+
+    python tools/convert_face_models.py --model selfie_segmentation=larger.tflite my_networks --zip
+
 A model becomes `<name>.json` (operations in order) and `<name>.safetensors` (its constants, float16
 where the original has float16, sparse ones made dense, convolution kernels in torch's layout).
 """
@@ -168,32 +173,54 @@ def convert(data: bytes) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return description, {str(i): constants[i] for i in sorted(used & set(constants))}
 
 
+def write_model(name: str, source: str, data: bytes, output: Path) -> dict[str, str]:
+    """Converts one model into a folder; returns its entry in provenance.json."""
+    description, constants = convert(data)
+    weights = output / f"{name}.safetensors"
+    save_file(constants, weights)
+    text = json.dumps(description, separators=(",", ":")) + "\n"
+    (output / f"{name}.json").write_text(text, "utf-8")
+    return {
+        "source": source,
+        "source_sha256": hashlib.sha256(data).hexdigest(),
+        "graph_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+
+
 def main() -> None:
-    """Converts the models of a wheel."""
+    """Converts the models of a wheel, or single files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("wheel", type=Path, nargs="?", help="mediapipe 0.10.21")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE.tflite")
+    parser.add_argument("--zip", action="store_true", help="also write OUTPUT.zip")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    provenance = {"package": arguments.wheel.name, "licence": "Apache-2.0", "models": {}}
-    with zipfile.ZipFile(arguments.wheel) as wheel:
-        for name, member in MODELS.items():
-            data = wheel.read(FOLDER + member + ".tflite")
-            description, constants = convert(data)
-            weights = arguments.output / f"{name}.safetensors"
-            save_file(constants, weights)
-            text = json.dumps(description, separators=(",", ":")) + "\n"
-            (arguments.output / f"{name}.json").write_text(text, "utf-8")
-            provenance["models"][name] = {
-                "source": FOLDER + member + ".tflite",
-                "source_sha256": hashlib.sha256(data).hexdigest(),
-                "graph_sha256": hashlib.sha256(text.encode()).hexdigest(),
-                "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            }
-        (arguments.output / "LICENSE").write_bytes(
-            wheel.read("mediapipe-0.10.21.dist-info/LICENSE")
-        )
-    (arguments.output / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for entry in arguments.model:
+        name, _, file = entry.partition("=")
+        if name not in MODELS:
+            parser.error(f"{name} is none of {', '.join(MODELS)}")
+        models[name] = write_model(name, Path(file).name, Path(file).read_bytes(), output)
+    provenance = {"models": models}
+    if arguments.wheel is not None:
+        provenance = {"package": arguments.wheel.name, "licence": "Apache-2.0", **provenance}
+        with zipfile.ZipFile(arguments.wheel) as wheel:
+            for name, member in MODELS.items():
+                path = FOLDER + member + ".tflite"
+                if name not in models:
+                    models[name] = write_model(name, path, wheel.read(path), output)
+            licence = wheel.read("mediapipe-0.10.21.dist-info/LICENSE")
+            (output / "LICENSE").write_bytes(licence)
+    (output / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    if arguments.zip:
+        archive = output.with_name(output.name + ".zip")
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as content:
+            for path in sorted(output.iterdir()):
+                content.write(path, path.name)
+        print(f"{archive}: SHA-256 {hashlib.sha256(archive.read_bytes()).hexdigest()}")
 
 
 if __name__ == "__main__":

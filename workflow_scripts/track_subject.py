@@ -5,10 +5,12 @@ from cap4d_core.job import Job, run
 
 def main(job: Job) -> None:
     from cap4d_core.settings import TrackingSettings
+    from cap4d_core.tracking.face_models_download import networks_folder
     from cap4d_core.tracking.precomputed import import_subject
     from cap4d_core.tracking.track import track_subject
 
-    settings = TrackingSettings(**job.params["settings"])
+    networks = networks_folder(job.input_files("networks"))
+    settings = TrackingSettings(**job.params["settings"] | {"networks": networks})
     output, head_model = job.output_file("fit").parent, job.input_file("head_model")
     progress = job.progress("frames")
     if job.input_files("fit"):

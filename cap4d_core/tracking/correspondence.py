@@ -57,7 +57,10 @@ class Correspondence:
 
 
 def load_or_compute(
-    head_model_dir: str | Path, cache: str | Path, device: str | torch.device = "cpu"
+    head_model_dir: str | Path,
+    cache: str | Path,
+    device: str | torch.device = "cpu",
+    networks: str | Path | None = None,
 ) -> Correspondence:
     """The correspondence of a head model, from a cache file when that belongs to this model.
 
@@ -65,6 +68,8 @@ def load_or_compute(
         head_model_dir: folder written by `prepare_head_model`.
         cache: .npz to read or write; a picture is written beside it (.png).
         device: where the networks run.
+        networks: folder with networks that replace shipped ones (see `face_models`); a file made
+            with other networks is not noticed.
     """
     head_model_dir, cache = Path(head_model_dir), Path(cache)
     if cache.is_file():
@@ -80,7 +85,7 @@ def load_or_compute(
     digest = _digest(head_model_dir)
     model = HeadModel.load(head_model_dir, mouth=False)
     result = compute_correspondence(
-        model, FaceDetector(device), LandmarkNetwork(device), head_model_dir
+        model, FaceDetector(device, networks), LandmarkNetwork(device, networks), head_model_dir
     )
     write_npz(
         cache,

@@ -8,6 +8,7 @@ of the picture, one for smaller faces. Pictures are (H, W, 3) uint8 RGB; coordin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -70,10 +71,12 @@ _FULL_RANGE = _Variant("face_detection_full_range", ((4, 1),), "Identity_1", "Id
 class FaceDetector:
     """Finds faces from near to far."""
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, device: str | torch.device = "cpu", networks: str | Path | None = None
+    ) -> None:
         self.device = torch.device(device)
         self._networks = {
-            variant.model: load_face_model(variant.model, device)
+            variant.model: load_face_model(variant.model, device, networks)
             for variant in (_SHORT_RANGE, _FULL_RANGE)
         }
 

@@ -68,7 +68,7 @@ class TrackerSetup:
     ) -> TrackerSetup:
         """Loads head model and networks; see `cap4d_core.tracking.track.track_subject`."""
         cache = Path(correspondence or output_dir / CORRESPONDENCE_FILE)
-        placed = load_or_compute(head_model_dir, cache, device)
+        placed = load_or_compute(head_model_dir, cache, device, settings.networks)
         model = LandmarkModel(HeadModel.load(head_model_dir, mouth=False), placed)
         return cls(settings, Path(head_model_dir), model, FaceObserver(settings, device))
 

@@ -13,6 +13,7 @@ upright picture (centre first), 473-477 the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -120,9 +121,11 @@ def cut_region(image: NDArray[np.uint8], region: Region, size: int) -> NDArray[n
 class LandmarkNetwork:
     """Predicts the landmarks of faces whose region is roughly known."""
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, device: str | torch.device = "cpu", networks: str | Path | None = None
+    ) -> None:
         self.device = torch.device(device)
-        self._network = load_face_model("face_landmarks", device)
+        self._network = load_face_model("face_landmarks", device, networks)
         refined = [
             operation["subset_idxs"]
             for operation in self._network.operations

@@ -10,6 +10,8 @@ foreground in files.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import torch
@@ -30,9 +32,11 @@ _LOW, _HIGH = 0.10, 0.90
 class PortraitMatting:
     """Separates a person from the background."""
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, device: str | torch.device = "cpu", networks: str | Path | None = None
+    ) -> None:
         self.device = torch.device(device)
-        self._network = load_face_model("selfie_segmentation", device)
+        self._network = load_face_model("selfie_segmentation", device, networks)
 
     def matte(
         self, image: NDArray[np.uint8], face: tuple[float, float, float, float] | None = None
@@ -72,9 +76,22 @@ class PortraitMatting:
         small = cv2.resize(image, (columns, rows), interpolation=method)
         batch = torch.from_numpy(np.ascontiguousarray(small)).to(self.device).float()[None] / 255.0
         (output,) = self._network(batch).values()
-        probability = output[0, :, :, 0].cpu().numpy()
+        probability = _person(output[0]).cpu().numpy()
         large = cv2.resize(probability, (width, height), interpolation=cv2.INTER_LINEAR)
         return np.asarray(large, np.float32)
+
+
+def _person(output: torch.Tensor) -> torch.Tensor:
+    """(H, W) probability of a person: the one channel, or what is not the first of several classes.
+
+    Args:
+        output: (H, W, classes), probabilities, or logits of several classes.
+    """
+    if output.shape[-1] == 1:
+        return output[..., 0]
+    is_probability = bool(((output.sum(-1) - 1.0).abs() < 1e-2).all() and (output >= 0).all())
+    classes = output if is_probability else output.softmax(-1)
+    return 1.0 - classes[..., 0]
 
 
 def _close_up(

@@ -81,8 +81,8 @@ class FaceObserver:
 
     def __init__(self, settings: TrackingSettings, device: str | torch.device = "cpu") -> None:
         self.settings = settings
-        self._detector = FaceDetector(device)
-        self._network = LandmarkNetwork(device)
+        self._detector = FaceDetector(device, settings.networks)
+        self._network = LandmarkNetwork(device, settings.networks)
 
     def observe(
         self, camera: RecordedCamera, index: int, continuous: bool

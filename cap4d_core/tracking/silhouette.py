@@ -108,7 +108,9 @@ class DistanceField:
         """Distances (V,), their gradients (V, 2) and whether a place is inside the field."""
         place = (pixels - self.origin) * self.scale - 0.5
         height, width = self.values.shape
-        known = ((place > 0) & (place < [width - 1, height - 1])).all(1)
+        known: NDArray[np.bool_] = np.asarray(
+            ((place > 0) & (place < [width - 1, height - 1])).all(1), np.bool_
+        )
 
         def at(x: float, y: float) -> Array:
             where = [place[:, 1] + y, place[:, 0] + x]

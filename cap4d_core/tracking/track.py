@@ -92,7 +92,7 @@ def track_subject(
     setup = TrackerSetup.load(head_model_dir, output_dir, correspondence, settings, device)
     for name in ("images", "bg"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    pictures = PictureWriter(output_dir, device, recording)
+    pictures = PictureWriter(output_dir, device, recording, settings.networks)
     begin = time.monotonic()
     observed = _observe(recording, setup, callback, pictures.take)
     if installation is None:

@@ -37,9 +37,15 @@ class PictureWriter:
     timestep, and a camera that misses moments gets the pictures of the others as placeholders.
     """
 
-    def __init__(self, output_dir: Path, device: str | torch.device, recording: Recording) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        device: str | torch.device,
+        recording: Recording,
+        networks: str | None = None,
+    ) -> None:
         self._output_dir, self._recording = output_dir, recording
-        self._matting = PortraitMatting(device)
+        self._matting = PortraitMatting(device, networks)
         self._coverage: dict[tuple[int, int], float] = {}
 
     def path(self, kind: str, camera: int, timestep: int) -> Path:

@@ -95,7 +95,7 @@ def test_head_is_pulled_into_the_person(model: LandmarkModel) -> None:
     camera = (turned + tra[0]) * FLIP
     pixels = camera[:, :2] / camera[:, 2:] * 900.0 + [SIZE[1] / 2, SIZE[0] / 2]
     hull = cv2.convexHull(pixels.astype(np.float32)).astype(np.int32)
-    matte = cv2.fillConvexPoly(np.zeros(SIZE, np.uint8), hull, 255)
+    matte = np.asarray(cv2.fillConvexPoly(np.zeros(SIZE, np.uint8), hull, 255), np.uint8)
     # Landmarks that are off by five degrees of turn; the outline is not.
     wrong = observe(
         model, np.zeros(150), np.zeros((1, 65)), rot + np.array([0, 0.09, 0]), tra, 900.0

@@ -71,7 +71,7 @@ def test_closest_points_on_the_surface() -> None:
     faces = np.array([[0, 1, 2], [1, 3, 2]])
     queries = np.array([[0.2, 0.3, 0.7], [-1, 0.5, 0], [2, 2, 1], [0.8, 0.8, -0.1]])
     _, weights, points = closest_on_surface(queries, vertices, faces, neighbours=4)
-    assert np.allclose(points, [[0.2, 0.3, 0], [0, 0.5, 0], [1, 1, 0], [0.8, 0.8, 0]])
+    assert np.allclose(points, [[0.2, 0.3, 0.0], [0.0, 0.5, 0.0], [1.0, 1.0, 0.0], [0.8, 0.8, 0.0]])
     assert np.allclose(weights.sum(1), 1)
 
 

@@ -33,6 +33,7 @@ from cap4d_core.tracking.landmarks import (
 )
 from cap4d_core.tracking.matting import PortraitMatting, guided_filter
 from cap4d_core.tracking.tflite_graph import GraphNetwork
+from tests.core.own_networks import own_networks
 from tests.core.tracker_pictures import frontal_picture
 
 RECORDED = {
@@ -160,18 +161,63 @@ def test_recorded_answers_of_the_networks() -> None:
         assert np.allclose(found, recorded, rtol=1e-4, atol=1e-3), name
 
 
-def test_damaged_and_missing_networks_are_named(tmp_path: Path) -> None:
+def test_damaged_and_missing_networks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "models"
+    monkeypatch.setattr("cap4d_core.tracking.face_models.MODEL_FOLDER", folder)
     shutil.copytree(MODEL_FOLDER, folder)
     weights = folder / "selfie_segmentation.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(InputFileError, match=r"selfie_segmentation.*SHA-256.*pip install"):
-        load_face_model("selfie_segmentation", folder=folder)
+        load_face_model("selfie_segmentation")
     weights.unlink()
     with pytest.raises(InputFileError, match="nothing there"):
-        load_face_model("selfie_segmentation", folder=folder)
+        load_face_model("selfie_segmentation")
+
+
+def test_own_networks_take_the_place_of_shipped_ones(tmp_path: Path) -> None:
+    own = own_networks(tmp_path / "own")
+    image = np.zeros((128, 96, 3), np.uint8)
+    image[:, 48:] = 255
+    matte = PortraitMatting("cpu", own).matte(image)
+    assert matte[:, 60:].min() > 250 and matte[:, :36].max() < 140
+    # What the folder does not hold is taken from the package.
+    assert load_face_model("face_landmarks", "cpu", own).input_size == (192, 192)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": {"a": 2, "b": 2}}, "2 outputs; expected one"),
+        ({"operations": [{"op": "NEW_OP", "inputs": [0], "outputs": [2]}]}, "unknown operation"),
+    ],
+)
+def test_networks_for_another_purpose_are_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    own = own_networks(tmp_path / "own", changes)
+    with pytest.raises(InputFileError, match=message):
+        load_face_model("selfie_segmentation", "cpu", own)
+
+
+def test_replaced_detectors_and_landmarks_need_their_interface(tmp_path: Path) -> None:
+    own = own_networks(tmp_path / "own")
+    listed = json.loads((own / "provenance.json").read_text())["models"]["selfie_segmentation"]
+    for name, message in (
+        ("face_detection_short_range", r"input \(64, 48\); expected \(128, 128\)"),
+        ("face_landmarks", "outputs out; expected also conv_faceflag"),
+    ):
+        for end in (".json", ".safetensors"):
+            shutil.copy(own / f"selfie_segmentation{end}", own / f"{name}{end}")
+        (own / "provenance.json").write_text(json.dumps({"models": {name: listed}}))
+        with pytest.raises(InputFileError, match=message):
+            load_face_model(name, "cpu", own)  # type: ignore[arg-type]
+    (own / "provenance.json").write_text("{}")
+    with pytest.raises(InputFileError, match="no 'models'"):
+        load_face_model("face_landmarks", "cpu", own)
 
 
 def test_licence_and_provenance_come_with_the_networks() -> None:

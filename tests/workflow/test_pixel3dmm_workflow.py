@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cap4d_core.files.images import read_rgb
 from cap4d_core.files.tracking import read_fit, read_tracked_subject
 from tests.core.synthetic_head import head_source
 from tests.core.tracker_pictures import demo_subject, save
@@ -59,7 +60,7 @@ def write_photos(folder: Path, count: int) -> None:
     """Faces in pictures of the size of the goldens' frames (150 x 180)."""
     pictures = sorted((demo_subject() / "images/cam0").iterdir())
     for i in range(count):
-        face = cv2.cvtColor(cv2.imread(str(pictures[i % 2])), cv2.COLOR_BGR2RGB)
+        face = read_rgb(pictures[i % 2])
         save(folder / f"{i}.png", np.asarray(cv2.resize(face, (180, 180))[:, 15:165], np.uint8))
 
 
