@@ -396,9 +396,18 @@ class SubjectSettings(StrictModel):
 
 # What each quality preset sets; every other key keeps its default. Released values, except `demo`.
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
-    # Minutes on two CPU cores: reference images of the procedural world only, a coarse avatar.
+    # Minutes on two CPU cores: one photo of a procedural person, the small weights of their world.
+    # Ten steps suffice for these weights (docs/sharding.md), without guidance.
     "demo": {
-        "sampling": {"num_views": 0, "resolution": 128},
+        "demo": {"num_references": 1},
+        "sampling": {
+            "num_views": 56,
+            "num_inference_steps": 10,
+            "guidance_scale": 1.0,
+            "resolution": 128,
+            "num_shards": 2,
+            "sync_steps": [0.06, 0.3],
+        },
         # Short runs need rates well above the published ones, which suit 100 000 iterations; larger
         # splats are cheap here and stand in for the shoulders, which the head model lacks.
         "fitting": {

@@ -36,7 +36,7 @@ from cap4d_core.diffusion.round_plan import round_steps
 from cap4d_core.diffusion.sampler import SamplingProgress, sample_stochastic_io
 from cap4d_core.diffusion.sampling_checkpoint import SamplingCheckpoint, fingerprint
 from cap4d_core.diffusion.solvers import needs_previous
-from cap4d_core.diffusion.step_grid import ddim_step_count
+from cap4d_core.diffusion.step_grid import ddim_step_count, jumps_at_the_end
 from cap4d_core.diffusion.view_plan_file import ViewPlan, read_plan
 from cap4d_core.errors import DeadlineError, InputFileError, UserError
 from cap4d_core.files.basic import (
@@ -110,6 +110,12 @@ def sample_views(
     output, device = Path(output), torch.device(device)
     plan = read_plan(plan_file)
     steps_run = ddim_step_count(settings.num_inference_steps)
+    if jumps_at_the_end(settings.num_inference_steps):
+        logger.warning(
+            "sampling.num_inference_steps = %d does not divide 1000 and starts in almost pure "
+            "noise: views may stay noise. Use a divisor, such as 10, 20, 25, 50 or 100.",
+            settings.num_inference_steps,
+        )
     rounds = round_steps(settings.sync_steps, steps_run, settings.num_shards)
     if not 0 <= round_index < len(rounds) or not 0 <= shard_index < settings.num_shards:
         raise UserError(

@@ -13,6 +13,7 @@ from cap4d_core.diffusion.step_grid import (
     ddim_step_count,
     ddim_timesteps,
     is_valid_step_count,
+    jumps_at_the_end,
     validate_step_count,
 )
 from cap4d_core.errors import UserError
@@ -114,3 +115,11 @@ def test_step_grid_is_light() -> None:
         "sys.exit(bool({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("steps", "jumps"), [(10, False), (12, True), (25, False), (100, False)])
+def test_grids_that_start_with_a_leap_out_of_pure_noise(steps: int, jumps: bool) -> None:
+    grid = NoiseSchedule(ScheduleConfig()).ddim(steps)
+    factor = (float(grid.alphas[-2]) / float(grid.alphas[-1])) ** 0.5
+    assert (factor > 10) == jumps
+    assert jumps_at_the_end(steps) == jumps
