@@ -227,7 +227,7 @@ class Recorded:
 def _record(function: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:
     plain = function.forward
     try:
-        return torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)  # type: ignore[no-any-return]
+        return torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)
     except BaseException:
-        function.forward = plain  # type: ignore[method-assign]
+        function.forward = plain
         raise

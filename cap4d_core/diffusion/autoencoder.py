@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from cap4d_core.diffusion.diffusers_parts import AutoencoderKL, DiagonalGaussianDistribution
 from cap4d_core.diffusion.model_config import AutoencoderConfig
 
 

@@ -17,18 +17,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.embeddings import TimestepEmbedding
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
 from torch import Tensor, nn
 
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
+from cap4d_core.diffusion.diffusers_parts import (
+    Attention,
+    AttnProcessor2_0,
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    DownBlock2D,
+    TimestepEmbedding,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from cap4d_core.diffusion.embeddings import time_projection
 from cap4d_core.diffusion.model_config import AutoencoderConfig, ConditioningConfig, MMDMConfig
 

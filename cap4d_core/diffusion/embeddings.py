@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.embeddings import Timesteps
 from torch import Tensor
+
+from cap4d_core.diffusion.diffusers_parts import Timesteps
 
 POSITION_FREQUENCIES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
