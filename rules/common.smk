@@ -120,7 +120,9 @@ def reenactment_files():
         path
         for subject, driving in CONFIG.reenacted
         for path in collect(
-            rules.evaluate_reenactment.output, subject=subject, driving=driving
+            rules.evaluate_reenactment.output.metrics,
+            subject=subject,
+            driving=driving,
         )
     ]
 
