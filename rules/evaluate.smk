@@ -131,9 +131,7 @@ rule evaluate_reenactment:
 # Not part of the whole: `snakemake evaluate` asks for it.
 rule evaluate:
     input:
-        subjects=collect(
-            rules.evaluate_avatar.output.metrics, subject=CONFIG.evaluated
-        ),
+        subjects=collect(rules.evaluate_avatar.output.metrics, subject=CONFIG.evaluated),
         reenactments=reenactment_files(),
     output:
         summary="<results>/evaluation/summary.json",
