@@ -11,6 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def snakemake_command(*words: str, profile: str = "default") -> list[str]:
+    """The project's Snakefile with a profile."""
+    return [
+        sys.executable, "-m", "snakemake",
+        "--snakefile", str(ROOT / "Snakefile"),
+        "--workflow-profile", str(ROOT / "profiles" / profile),
+        *words,
+    ]  # fmt: skip
+
+
+def snakemake_environment(folder: Path, **changes: str) -> dict[str, str]:
+    """Environment without a scheduler's variables, on the CPU, with a cache of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "CAP4D_GPU"))}
+    return clean | {"CAP4D_DEVICE": "cpu", "XDG_CACHE_HOME": str(folder / ".cache")} | changes
+
+
 def run_snakemake(
     folder: Path,
     *words: str,
@@ -19,22 +35,15 @@ def run_snakemake(
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs the project's Snakefile in `folder`; output of both kinds in `stdout`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "CAP4D_GPU"))}
-    clean |= {"CAP4D_DEVICE": "cpu", "XDG_CACHE_HOME": str(folder / ".cache")}
     return subprocess.run(
-        [
-            sys.executable, "-m", "snakemake",
-            "--snakefile", str(ROOT / "Snakefile"),
-            "--workflow-profile", str(ROOT / "profiles" / profile),
-            *words,
-        ],
+        snakemake_command(*words, profile=profile),
         cwd=folder,
-        env=clean | (environment or {}),
+        env=snakemake_environment(folder, **(environment or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
-    )  # fmt: skip
+    )
 
 
 def dry_run(folder: Path, config: Path, *words: str, profile: str = "default") -> dict[str, int]:
