@@ -1,10 +1,9 @@
-"""Faults of whole runs: two at once, a killed one, a bad subject among good ones."""
+"""Faults of whole runs: two at once, a killed one, a killed job."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,8 +14,7 @@ import pytest
 import torch
 
 from cap4d_core.files.basic import read_safetensors
-from tests.workflow.snakemake_runs import run_snakemake
-from tests.workflow.tiny_run import CONFIG, TinyRun, log_of, processes_in
+from tests.workflow.tiny_run import TinyRun, log_of, processes_in
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -104,33 +102,3 @@ def test_killed_job(long_shard: TinyRun, tmp_path: Path) -> None:
     assert "Trying to restart job" in snakemake.wait(300)
     assert "Resuming at step" in log_of(run.results, "sample_views/ada/1/1-of-1.log")
     assert_same_bits(run)
-
-
-def test_one_bad_subject_of_ten(tiny_results: TinyRun, tmp_path: Path, saw_fault: SawFault) -> None:
-    fit = tiny_results.results / "demo" / "subjects" / "ada"
-    names = [f"s{i}" for i in range(10)]
-    for name in names:
-        shutil.copytree(fit, tmp_path / name)
-    bad = tmp_path / "s4" / "fit.npz"
-    bad.write_bytes(bad.read_bytes()[:100])
-    rows = [f"{name}\t{tmp_path / name}" for name in names]
-    (tmp_path / "subjects.tsv").write_text("\n".join(["subject\ttracking", *rows]) + "\n")
-    result = run_snakemake(
-        tmp_path, "fit_all", "--cores", "2", "--resources", "gpu=2",
-        "--set-threads", "fit_avatar=1", "--configfile", str(CONFIG),
-        "--config", f"subjects={tmp_path / 'subjects.tsv'}", "sampling={num_views: 0}",
-        "head_model={path: demo}",
-        environment={"CAP4D_TINY_MMDM": str(tiny_results.weights)},
-        timeout=800,
-    )  # fmt: skip
-    assert result.returncode == 1
-    done = {path.parent.parent.name for path in tmp_path.glob("results/*/avatar/avatar.json")}
-    assert done == {*names} - {"s4"}
-    assert "s4/fit.npz: found an unreadable archive" in result.stdout
-    assert not (tmp_path / "results" / "s4" / "tracking" / "fit.npz").exists()
-    saw_fault(
-        "one bad subject of ten",
-        "that subject; the other nine are finished",
-        "the run goes to its end, then says what failed",
-        "correct the input, the same command again",
-    )
