@@ -42,7 +42,9 @@ from benchmarks.sharding.world import (
     make_person,
 )
 from cap4d_core.diffusion.checkpoint import MMDM
+from cap4d_core.diffusion.denoiser_setup import choose_route, route_denoiser
 from cap4d_core.diffusion.network_setup import choose_precision, load_model, matmul_precision
+from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.diffusion.step_grid import ddim_step_count
 from cap4d_core.evaluation.surface import SurfacePoints, sample_surface
 from cap4d_core.files.basic import sha256_file, write_json
@@ -81,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--avatar-iterations", type=int, default=4800)
     parser.add_argument("--avatar-batch", type=int, default=8)
     parser.add_argument("--batches-per-call", type=int, help="default: by device")
+    parser.add_argument("--compile", action="store_true", help="compile the network: about 1 min")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time to spend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pictures", type=Path, help="folder of a row of views per setting")
@@ -134,6 +137,7 @@ class Experiment:
         names = [person.name for person in people]
         per_call = model.config.views_per_call - references
         calls = len(generated) // per_call
+        denoiser, batches_per_call = self._fast(model, calls)
         complete = True
         for setting in group:
             steps = ddim_step_count(setting.steps)
@@ -148,8 +152,8 @@ class Experiment:
                     model, names, of_references, generated,
                     num_steps=setting.steps, guidance_scale=setting.guidance,
                     max_references=references, seed=self.sampling(model).seed, num_shards=shards,
-                    sync_steps=setting.sync_steps(steps), batches_per_call=self.batches_per_call,
-                    solver=setting.solver,
+                    sync_steps=setting.sync_steps(steps), batches_per_call=batches_per_call,
+                    solver=setting.solver, denoiser=denoiser,
                 )  # fmt: skip
                 images = measures.decode(model.autoencoder, latents).to(self.device)
             self._synchronise()
@@ -316,10 +320,17 @@ class Experiment:
         """Arithmetic of the network."""
         return choose_precision("auto", self.device)
 
-    @property
-    def batches_per_call(self) -> int:
-        """Batches of views in one network call."""
-        return self.arguments.batches_per_call or BATCHES_PER_CALL[self.device.type]
+    def _fast(self, model: MMDM, calls: int) -> tuple[Denoiser, int]:
+        """The denoiser in the form that the jobs use, and batches of views in one network call."""
+        settings = self.sampling(model).model_copy(
+            update={
+                "batches_per_call": self.arguments.batches_per_call
+                or BATCHES_PER_CALL[self.device.type],
+                "compile": "on" if self.arguments.compile else "off",
+            }
+        )
+        route = choose_route(settings, self.device, calls, self.arguments.steps)
+        return route_denoiser(model.denoiser, route), route.batches_per_call
 
     def _left(self) -> float:
         return self.arguments.seconds - (time.monotonic() - self.started)

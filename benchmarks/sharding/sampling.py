@@ -18,7 +18,7 @@ from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.dealing import deal_views, initial_noise
 from cap4d_core.diffusion.grouping import SeededGrouping, shard_key
 from cap4d_core.diffusion.round_plan import round_steps
-from cap4d_core.diffusion.sampler import sample_stochastic_io
+from cap4d_core.diffusion.sampler import Denoiser, sample_stochastic_io
 from cap4d_core.diffusion.step_grid import ddim_step_count
 from cap4d_core.progress import ProgressCallback
 
@@ -84,6 +84,7 @@ def sample(
     sync_steps: Sequence[float],
     batches_per_call: int,
     solver: str = "ddim",
+    denoiser: Denoiser | None = None,
     callback: ProgressCallback | None = None,
 ) -> Tensor:
     """Latents (people x N, 4, h, w) of all views after the last step.
@@ -101,6 +102,7 @@ def sample(
         sync_steps: where views are dealt anew.
         batches_per_call: batches in one network call.
         solver: of the denoising steps.
+        denoiser: a faster form of the model's; default: that itself.
         callback: called after every step.
     """
     config = model.config
@@ -114,7 +116,7 @@ def sample(
     noise = torch.cat([initial_noise(range(num_views), shape, seed, name) for name in names])
     extra = {} if solver == "ddim" else {"solver": solver}
     return sample_stochastic_io(
-        model.denoiser,
+        model.denoiser if denoiser is None else denoiser,
         model.schedule,
         references,
         generated,
