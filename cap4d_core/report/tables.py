@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_ROWS = 20
+_FINE = frozenset({"ssim", "lpips", "baseline_lpips", "identity_similarity"})
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,13 @@ def evaluation_table(metrics: Mapping[str, Any]) -> Table:
         "psnr_gain": "Gain (dB)",
         "angle_to_reference_deg": "Angle to it (°)",
     }
-    if "lpips" in metrics.get("summary", {}):
+    found = metrics.get("summary", {})
+    if "lpips" in found:
         names |= {"lpips": "LPIPS", "baseline_lpips": "Nearest reference LPIPS"}
+    if "akd_percent" in found:
+        names["akd_percent"] = "Landmarks off (% of the face)"
+    if "identity_similarity" in found:
+        names["identity_similarity"] = "Identity similarity"
     rows = [
         [
             str(v.get("view", "")),
@@ -66,7 +72,7 @@ def entry_table(caption: str, entries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _digits(name: str) -> int:
-    return 3 if name in ("ssim", "lpips", "baseline_lpips") else 1
+    return 3 if name in _FINE else 2 if name == "akd_percent" else 1
 
 
 def number_text(value: Any, unit: str = "", digits: int = 1) -> str:
