@@ -11,6 +11,9 @@ if not workflow.overwrite_configfiles:
     configfile: "config.yaml"
 
 
+report: "rules/captions/workflow.rst"
+
+
 include: "rules/common.smk"
 include: "rules/downloads.smk"
 include: "rules/assets.smk"
@@ -64,9 +67,12 @@ rule evaluate_all:
 
 onstart:
     claim_results(RESULTS, log)
-    watch_failures(RESULTS)
+    before_run(CONFIG, workflow)
+
+
+onsuccess:
+    after_success(CONFIG)
 
 
 onerror:
-    print(end_of_run(CONFIG), file=sys.stderr)
-    write_failure_report(CONFIG)
+    after_failure(CONFIG)

@@ -1,7 +1,10 @@
 """`python -m cap4d_core`: check a configuration, write its documentation, sum up results.
 
 check     validate configuration and tables, and the files that they name; runs nothing
-summary   where the results are, and their figures
+estimate  jobs, disk and time of what is still to be run
+summary   where the results are, and their figures; what failed
+learn-resources
+          memory and time of jobs from finished ones (every run does this at its end)
 schema    config.schema.json, for editors
 docs      docs/configuration.md
 lease     run a command on a GPU of its own
@@ -12,11 +15,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cap4d_core.errors import UserError
+
+if TYPE_CHECKING:
+    from cap4d_core.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("check", "summary"):
+    for name in ("check", "estimate", "summary", "learn-resources"):
         command = commands.add_parser(name)
         command.add_argument("--configfile", default="config.yaml")
         command.add_argument(
@@ -70,6 +76,14 @@ def _run(options: argparse.Namespace) -> int:
 
     raw = {**load_config_file(options.configfile), **_overrides(options.config)}
     config = load_config(raw, options.configfile)
+    if options.command == "estimate":
+        return _estimate(config, options)
+    if options.command == "learn-resources":
+        from cap4d_core.batch.resources import FILE_NAME, learn_resources
+
+        learned = learn_resources(config.results)
+        print(f"{len(learned.entries)} stages learned: {Path(config.results) / FILE_NAME}")
+        return 0
     if options.command == "summary":
         from cap4d_core.summary import summarise
 
@@ -84,6 +98,23 @@ def _run(options: argparse.Namespace) -> int:
         print(f"  {problem}", file=sys.stderr)
     print(f"{len(problems)} problem{'s' if len(problems) != 1 else ''} found")
     return 1 if problems else 0
+
+
+def _estimate(config: Config, options: argparse.Namespace) -> int:
+    from cap4d_core.batch import estimates
+
+    jobs = estimates.planned_jobs(options.configfile, options.config)
+    found = estimates.estimate(config, jobs)
+    if not found.jobs:
+        print("Nothing to be done.")
+        return 0
+    print(estimates.stage_table(found))
+    print()
+    print(estimates.describe(found, config.results))
+    warning = estimates.check_space(found, config.results, refuse=config.check_disk_space)
+    if warning:
+        print(warning)
+    return 0
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:

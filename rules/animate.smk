@@ -11,8 +11,23 @@ rule animate_avatar:
         sound=driving_video,
         head_model=rules.prepare_head_model.output.folder,
     output:
-        video="<results>/{subject}/animation/{driving}/renders.mp4",
+        video=report(
+            "<results>/{subject}/animation/{driving}/renders.mp4",
+            category="Animations",
+            labels={"subject": "{subject}", "driven by": "{driving}", "what": "video"},
+            caption="captions/animation.rst",
+        ),
         description="<results>/{subject}/animation/{driving}/animation.json",
+        manifest=report(
+            "<results>/{subject}/animation/{driving}/manifest.json",
+            category="Animations",
+            labels={
+                "subject": "{subject}",
+                "driven by": "{driving}",
+                "what": "manifest",
+            },
+            caption="captions/manifest.rst",
+        ),
     log:
         text="<logs>/animate_avatar/{subject}/{driving}.log",
     benchmark:
@@ -22,8 +37,8 @@ rule animate_avatar:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=memory("animate_avatar", 16000),
+        runtime=minutes("animate_avatar", 120),
     params:
         version=STAGE_VERSIONS["animate_avatar"],
         lower_jaw=CONFIG.settings.fitting.use_lower_jaw,

@@ -15,8 +15,8 @@ rule prepare_head_model:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=20,
+        mem_mb=memory("prepare_head_model", 4000),
+        runtime=minutes("prepare_head_model", 20),
     params:
         version=STAGE_VERSIONS["prepare_head_model"],
     message:
@@ -41,8 +41,8 @@ rule prepare_mmdm:
         "../envs/torch.yaml"
     threads: 2
     resources:
-        mem_mb=24000,
-        runtime=60,
+        mem_mb=memory("prepare_mmdm", 24000),
+        runtime=minutes("prepare_mmdm", 60),
     params:
         version=STAGE_VERSIONS["prepare_mmdm"],
         sha256=CONFIG.settings.mmdm.sha256,

@@ -7,19 +7,18 @@ from pathlib import Path
 # An installed copy must not win over this checkout.
 sys.path.insert(0, str(Path(workflow.basedir)))
 
-from cap4d_core.batch.failures import (
-    end_of_run,
-    watch_failures,
-    write_failure_report,
-)
+from cap4d_core.batch.hooks import after_failure, after_success, before_run
 from cap4d_core.batch.planning import (
     NAME,
+    folder_state,
     pattern_of,
     pattern_without,
     speed_up_planning,
     subject_pattern,
 )
+from cap4d_core.batch.resources import read_learned
 from cap4d_core.config import DOWNLOAD, LPIPS_DOWNLOAD, load_config
+from cap4d_core.errors import UserError
 from cap4d_core.run_guard import claim_results
 from cap4d_core.versions import STAGE_VERSIONS
 
@@ -29,6 +28,7 @@ CONFIG_FILE = (workflow.overwrite_configfiles or ["config.yaml"])[-1]
 CONFIG = load_config(config, CONFIG_FILE)
 SAMPLES_VIEWS = bool(CONFIG.rounds)
 RESULTS = CONFIG.results
+LEARNED = read_learned(RESULTS)
 
 
 pathvars:
@@ -52,6 +52,19 @@ def intermediate(path):
 def settings(section):
     """A section of the configuration as plain JSON types: what a rule's results depend on."""
     return getattr(CONFIG.settings, section).model_dump(mode="json")
+
+
+def memory(rule, megabytes):
+    """What a job may need, learned from earlier ones where there are any; more in later attempts."""
+    return per_attempt(LEARNED.memory_mb(rule, CONFIG.settings, megabytes))
+
+
+def minutes(rule, default):
+    return per_attempt(LEARNED.runtime_min(rule, CONFIG.settings, default))
+
+
+def per_attempt(amount):
+    return lambda wildcards, attempt: amount * attempt
 
 
 # What is made, per stage -------------------------------------------------------------------------
@@ -186,6 +199,22 @@ def subject_references(wildcards):
 def subject_recording(wildcards):
     """Photos or video to be tracked; nothing where there is a ready fit."""
     return [] if subject_fit_folder(wildcards) else subject_row(wildcards).reference
+
+
+def subject_files(wildcards):
+    """State of the user's folder of photos or of the ready fit."""
+    row = subject_row(wildcards)
+    return folder_state(
+        None if row.demo_seed is not None else row.tracking or row.reference
+    )
+
+
+def avatar_state(wildcards):
+    return folder_state(subject_row(wildcards).avatar)
+
+
+def held_out_state(wildcards):
+    return folder_state(subject_row(wildcards).held_out)
 
 
 def face_networks(wildcards):

@@ -12,8 +12,8 @@ rule make_demo_head:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=memory("make_demo_head", 2000),
+        runtime=minutes("make_demo_head", 20),
     params:
         version=STAGE_VERSIONS["make_demo"],
     message:
@@ -34,8 +34,8 @@ rule make_demo_subject:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=memory("make_demo_subject", 2000),
+        runtime=minutes("make_demo_subject", 20),
     params:
         version=STAGE_VERSIONS["make_demo"],
         seed=demo_seed,
@@ -57,8 +57,8 @@ rule make_demo_held_out:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=memory("make_demo_held_out", 2000),
+        runtime=minutes("make_demo_held_out", 20),
     params:
         version=STAGE_VERSIONS["make_demo"],
         seed=demo_seed,
@@ -82,8 +82,8 @@ rule make_demo_driving:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=memory("make_demo_driving", 2000),
+        runtime=minutes("make_demo_driving", 20),
     params:
         version=STAGE_VERSIONS["make_demo"],
         settings=settings("demo"),

@@ -21,8 +21,8 @@ rule hold_out:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=memory("hold_out", 4000),
+        runtime=minutes("hold_out", 30),
     params:
         version=STAGE_VERSIONS["hold_out"],
         protocol=CONFIG.settings.evaluation.protocol,
@@ -47,6 +47,12 @@ rule evaluate_avatar:
         identity=identity_model,
     output:
         metrics="<results>/{subject}/evaluation/metrics.json",
+        pictures=report(
+            "<results>/{subject}/evaluation/side_by_side.png",
+            category="Evaluation",
+            labels={"subject": "{subject}"},
+            caption="captions/evaluation.rst",
+        ),
     log:
         text="<logs>/evaluate_avatar/{subject}.log",
     benchmark:
@@ -56,10 +62,11 @@ rule evaluate_avatar:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=memory("evaluate_avatar", 8000),
+        runtime=minutes("evaluate_avatar", 60),
     params:
         version=STAGE_VERSIONS["evaluate_avatar"],
+        files=held_out_state,
         lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
         settings=settings("evaluation"),
     message:
@@ -81,8 +88,8 @@ rule make_demo_performance:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=memory("make_demo_performance", 2000),
+        runtime=minutes("make_demo_performance", 20),
     params:
         version=STAGE_VERSIONS["make_demo"],
         seed=demo_seed,
@@ -116,8 +123,8 @@ rule evaluate_reenactment:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=8000,
-        runtime=60,
+        mem_mb=memory("evaluate_reenactment", 8000),
+        runtime=minutes("evaluate_reenactment", 60),
     params:
         version=STAGE_VERSIONS["evaluate_reenactment"],
         lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
@@ -144,8 +151,8 @@ rule evaluate:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=memory("evaluate", 2000),
+        runtime=minutes("evaluate", 10),
     params:
         version=STAGE_VERSIONS["evaluate"],
         subjects=CONFIG.evaluated,

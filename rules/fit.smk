@@ -10,7 +10,19 @@ rule fit_avatar:
     output:
         avatar="<results>/{subject}/avatar/avatar.safetensors",
         description="<results>/{subject}/avatar/avatar.json",
+        manifest=report(
+            "<results>/{subject}/avatar/manifest.json",
+            category="Avatars",
+            labels={"subject": "{subject}", "what": "manifest"},
+            caption="captions/manifest.rst",
+        ),
         metrics="<results>/{subject}/avatar/metrics.json",
+        curves=report(
+            "<results>/{subject}/avatar/metrics.png",
+            category="Avatars",
+            labels={"subject": "{subject}", "what": "fit"},
+            caption="captions/fit.rst",
+        ),
     log:
         text="<logs>/fit_avatar/{subject}.log",
     benchmark:
@@ -22,8 +34,8 @@ rule fit_avatar:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=24000,
-        runtime=360,
+        mem_mb=memory("fit_avatar", 24000),
+        runtime=minutes("fit_avatar", 360),
     params:
         version=STAGE_VERSIONS["fit_avatar"],
         settings=settings("fitting"),
@@ -41,6 +53,12 @@ rule import_avatar:
     output:
         avatar="<results>/{subject}/avatar/avatar.safetensors",
         description="<results>/{subject}/avatar/avatar.json",
+        manifest=report(
+            "<results>/{subject}/avatar/manifest.json",
+            category="Avatars",
+            labels={"subject": "{subject}", "what": "manifest"},
+            caption="captions/manifest.rst",
+        ),
     log:
         text="<logs>/import_avatar/{subject}.log",
     benchmark:
@@ -51,10 +69,11 @@ rule import_avatar:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=8000,
-        runtime=20,
+        mem_mb=memory("import_avatar", 8000),
+        runtime=minutes("import_avatar", 20),
     params:
         version=STAGE_VERSIONS["import_avatar"],
+        files=avatar_state,
         lower_jaw=CONFIG.settings.fitting.use_lower_jaw,
     message:
         "{wildcards.subject}: importing the avatar"

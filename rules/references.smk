@@ -16,8 +16,8 @@ rule crop_references:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=30,
+        mem_mb=memory("crop_references", 4000),
+        runtime=minutes("crop_references", 30),
     params:
         version=STAGE_VERSIONS["encode_references"],
         settings=settings("sampling"),

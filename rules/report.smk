@@ -7,7 +7,12 @@ rule write_report:
         animations=animation_files(),
         evaluations=evaluation_files(),
     output:
-        page="<results>/index.html",
+        page=report(
+            "<results>/index.html",
+            category="Overview",
+            labels={"what": "all subjects"},
+            caption="captions/page.rst",
+        ),
     log:
         text="<logs>/write_report.log",
     benchmark:
@@ -17,8 +22,8 @@ rule write_report:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=10,
+        mem_mb=memory("write_report", 2000),
+        runtime=minutes("write_report", 10),
     params:
         version=STAGE_VERSIONS["write_report"],
         results=lambda wildcards, output: str(Path(output.page).parent),

@@ -18,8 +18,8 @@ rule plan_views:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=20,
+        mem_mb=memory("plan_views", 4000),
+        runtime=minutes("plan_views", 20),
     params:
         version=STAGE_VERSIONS["plan_views"],
         settings=settings("sampling"),
@@ -47,8 +47,8 @@ rule encode_references:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=30,
+        mem_mb=memory("encode_references", 16000),
+        runtime=minutes("encode_references", 30),
     params:
         version=STAGE_VERSIONS["encode_references"],
         settings=settings("sampling"),
@@ -78,8 +78,8 @@ rule sample_views:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=120,
+        mem_mb=memory("sample_views", 16000),
+        runtime=minutes("sample_views", 120),
     params:
         version=STAGE_VERSIONS["sample_views"],
         settings=settings("sampling"),
@@ -106,8 +106,8 @@ rule decode_views:
     threads: 4
     resources:
         gpu=1,
-        mem_mb=16000,
-        runtime=60,
+        mem_mb=memory("decode_views", 16000),
+        runtime=minutes("decode_views", 60),
     params:
         version=STAGE_VERSIONS["decode_views"],
         settings=settings("sampling"),

@@ -17,8 +17,8 @@ rule place_landmarks:
         "../envs/torch.yaml"
     threads: 1
     resources:
-        mem_mb=3000,
-        runtime=20,
+        mem_mb=memory("place_landmarks", 3000),
+        runtime=minutes("place_landmarks", 20),
     params:
         version=STAGE_VERSIONS["place_landmarks"],
     message:
@@ -48,10 +48,11 @@ rule track_subject:
         "../envs/torch.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=memory("track_subject", 8000),
+        runtime=minutes("track_subject", 120),
     params:
         version=STAGE_VERSIONS["track_subject"],
+        files=subject_files,
         settings=settings("tracking"),
     message:
         "{wildcards.subject}: tracking"
@@ -79,8 +80,8 @@ rule track_driving:
         "../envs/torch.yaml"
     threads: 4
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=memory("track_driving", 8000),
+        runtime=minutes("track_driving", 120),
     params:
         version=STAGE_VERSIONS["track_driving"],
         settings=settings("tracking"),

@@ -7,6 +7,7 @@ def main(job: Job) -> None:
     from cap4d_core.avatar.fitting import fit_avatar
     from cap4d_core.files.image_set import read_image_index
     from cap4d_core.flame.model import HeadModel
+    from cap4d_core.manifest import manifest
     from cap4d_core.settings import FittingSettings
 
     settings = FittingSettings(**job.params["settings"])
@@ -20,14 +21,16 @@ def main(job: Job) -> None:
         for index in job.input_files("generated")  # one per shard, in index/ of the image set
         for item in read_image_index(index, index.parent.parent)
     ]
-    fit_avatar(
-        [references, sorted(generated, key=lambda item: item.image.name)],
-        HeadModel.load(job.input_file("head_model"), lower_jaw=settings.use_lower_jaw),
-        settings,
-        job.output_file("avatar").parent,
-        callback=job.progress("iterations"),
-        device=job.device,
-    )
+    output = job.output_file("avatar").parent
+    with manifest(job, output):
+        fit_avatar(
+            [references, sorted(generated, key=lambda item: item.image.name)],
+            HeadModel.load(job.input_file("head_model"), lower_jaw=settings.use_lower_jaw),
+            settings,
+            output,
+            callback=job.progress("iterations"),
+            device=job.device,
+        )
 
 
 if __name__ == "__main__":

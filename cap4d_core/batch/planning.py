@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
+import os
 import re
 from collections.abc import Collection
 
 from cap4d_core.subjects import RESERVED_NAMES
 
+# Folders with more files are known by the names in them only: looking at each would take long.
+MAX_FILES_LOOKED_AT = 300
 # As in the tables. Naming all rows here instead makes every match as slow as the table is long.
 NAME = r"[a-z0-9][a-z0-9_-]*"
 
@@ -23,6 +27,29 @@ def speed_up_planning() -> None:
 
         # Asked for the same few script paths for every job, it makes a new class each time.
         smart_open.parse_uri = functools.lru_cache(maxsize=None)(smart_open.parse_uri)
+
+
+def folder_state(path: str | None) -> str:
+    """A short text that changes when a file in a folder of the user does.
+
+    Snakemake sees the time of the folder only, which stays when a photo in it is overwritten. For a
+    file, and for nothing, the text is empty: that is Snakemake's business.
+    """
+    if path is None or not os.path.isdir(path):
+        return ""
+    names: list[str] = []
+    for folder, folders, files in os.walk(path):
+        folders.sort()
+        names += sorted(os.path.join(folder, file) for file in files if not file.startswith("."))
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.path.relpath(name, path).encode())
+        if len(names) <= MAX_FILES_LOOKED_AT:
+            with contextlib.suppress(OSError):  # gone just now, a dead link
+                found = os.stat(name)
+                # Whole seconds: disks that are shared round differently.
+                digest.update(f" {found.st_size} {int(found.st_mtime)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def subject_pattern() -> str:

@@ -38,6 +38,7 @@ from cap4d_core.errors import ConfigError, InputFileError, UserError
 from cap4d_core.files.basic import read_json, require_file
 
 FORMAT_VERSION = 1
+RELEASED_CONFIG = "config_dump.yaml"
 CHECKPOINT = "an MMDM checkpoint (.ckpt, a torch file holding a dict of tensors)"
 FOLDER = "a model folder written by prepare_mmdm"
 
@@ -85,6 +86,19 @@ def find_checkpoint(path: str | Path) -> Path:
         names = ", ".join(str(f.relative_to(path)) for f in found)
         raise InputFileError(path, f"several checkpoints ({names})", "one", "Give its path.")
     return found[0]
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """What decides the model that `path` means: the checkpoint and its config, or a whole folder.
+
+    Raises:
+        InputFileError: as `find_checkpoint`.
+    """
+    if is_prepared_folder(path):
+        return [Path(path)]
+    checkpoint = find_checkpoint(path)
+    configs = [folder / RELEASED_CONFIG for folder in checkpoint.parents[:2]]
+    return [checkpoint, *[config for config in configs if config.is_file()][:1]]
 
 
 def read_released_state(path: Path) -> dict[str, Tensor]:
@@ -258,7 +272,7 @@ def _stated_config(
             return parsed.to_dict(), str(config)
         return read_released_config(config), str(config)
     for folder in (path.parent, path.parent.parent):
-        beside = folder / "config_dump.yaml"
+        beside = folder / RELEASED_CONFIG
         if beside.is_file():
             return read_released_config(beside), str(beside)
     return {}, f"the tensor shapes of {path.name} with the released model's settings"

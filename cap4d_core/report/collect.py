@@ -146,7 +146,9 @@ class Collector:
         self._add_image(part, folder / "metrics.png", "Losses and quality during the fit")
         for file in sorted((folder / "previews").glob("*.png"))[-1:]:
             self._add_image(part, file, f"Last preview of the fit ({file.name})")
-        self._add_downloads(part, folder, ["avatar.safetensors", "avatar.json", "metrics.json"])
+        self._add_downloads(
+            part, folder, ["avatar.safetensors", "avatar.json", "metrics.json", "manifest.json"]
+        )
         part.provenance = json_text(self._json(folder / "avatar.json"))
         return part
 
@@ -176,6 +178,7 @@ class Collector:
             part, self.results_dir / "driving" / driving / "quality.json", "Driving sequence"
         )
         names = ["renders.mp4", "renders.mov", "exported_animation.ply", "avatar_frame0.ply"]
+        names.append("manifest.json")
         self._add_downloads(part, folder, names)
         part.provenance = json_text(self._json(folder / "animation.json"))
         return part
