@@ -156,11 +156,11 @@ def test_plan_of_sixty_subjects_is_quick(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_plan_of_five_hundred_subjects(tmp_path: Path) -> None:
-    """28 008 jobs: figures in benchmarks/README.md."""
+    """28 008 jobs."""
     counts, seconds, gigabytes = plan_cost(tmp_path, write_project(tmp_path, 500, 4))
     assert counts["sample_views"] == 500 * 5 * 8
     assert sum(counts.values()) == 28_008
-    assert seconds < 90
+    assert seconds < 120  # 77 to 82 s were seen on two busy cores
     assert gigabytes < 1.5
 
 
