@@ -1,7 +1,7 @@
 """One run per results folder, and no jobs of an earlier run in its way.
 
 Snakemake's own lock covers runs that start in the same folder. Two that start elsewhere and share
-`results:` would not see each other; neither would a run see the cluster jobs of one that was killed.
+`results:` would not see each other; nor would a run see the cluster jobs of one that was killed.
 
     {results}/.workflow/lock     held while a run lives
     {results}/.workflow/slurm    names of the SLURM jobs of the last run

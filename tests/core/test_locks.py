@@ -102,6 +102,6 @@ def test_jobs_of_the_run_before_are_cancelled(
     assert asked == [[], ["cap4d_1"]]
     assert "Cancelled SLURM jobs that an earlier run left behind: 7" in capsys.readouterr().err
     (tmp_path / "results" / run_guard.FOLDER / "slurm").write_text("cap4d_hangs\n")
-    with pytest.raises(UserError, match="still write to .*: 7"):
+    with pytest.raises(UserError, match=r"still write to .*: 7"):
         claim_results(tmp_path / "results", [log])
     run_guard._held.pop().release()
