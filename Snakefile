@@ -24,6 +24,7 @@ include: "rules/sample.smk"
 include: "rules/fit.smk"
 include: "rules/animate.smk"
 include: "rules/evaluate.smk"
+include: "rules/train.smk"
 include: "rules/report.smk"
 
 

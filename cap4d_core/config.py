@@ -391,12 +391,32 @@ def _resolve_settings(file: ConfigFile, base: Path) -> tuple[SubjectSettings, li
             values[section][key] = resolve_path(text, base)
         except KeyError as error:
             problems.append(f"{section}.{key}: environment variable {error.args[0]} is not set")
+    problems += _resolve_training(values["training"], base)
     return SubjectSettings.model_validate(values), problems
+
+
+def _resolve_training(values: dict[str, Any], base: Path) -> list[str]:
+    """Makes the paths of the section `training` complete, in place; the problems."""
+    problems = []
+    places: list[tuple[str, Any, Any]] = [
+        (key, values, key) for key in ("start", "autoencoder_start") if values[key] is not None
+    ]
+    for key in ("folders", "validation_folders"):
+        found = (values["data"] or {}).get(key, [])
+        places += [(f"data.{key}.{i}", found, i) for i in range(len(found))]
+    for name, holder, key in places:
+        try:
+            holder[key] = resolve_path(holder[key], base)
+        except KeyError as error:
+            problems.append(f"training.{name}: environment variable {error.args[0]} is not set")
+    return problems
 
 
 def _load_subjects(file: ConfigFile, base: Path) -> tuple[dict[str, Subject], list[str]]:
     if file.subject is not None:
         return _one_subject(file.subject)
+    if file.subjects is None and file.training.data is not None:
+        return {}, []  # a model is trained, nothing else
     if file.subjects is None:
         return {}, ["subjects: name a table of subjects, or give one with --config subject=FOLDER"]
     try:
@@ -472,6 +492,9 @@ def _choose_assets(
 ) -> SubjectSettings:
     """Replaces `auto` by demo assets when all subjects are demo subjects, else by the user's."""
     is_demo = bool(subjects) and all(row.demo_seed is not None for row in subjects.values())
+    data = settings.training.data
+    if not subjects and data is not None:
+        is_demo = not data.folders and not data.validation_folders
     head_model, weights = settings.head_model.path, settings.mmdm.path
     if head_model == "auto":
         head_model = "demo" if is_demo else os.path.normpath(base / DEFAULT_HEAD_MODEL)
@@ -556,6 +579,15 @@ def _settings_problems(settings: SubjectSettings, samples: bool) -> list[str]:
             )
     if fitting.require_lpips and fitting.lpips_weights is None:
         problems.append("fitting.lpips_weights: must name the weights file, require_lpips is true")
+    try:
+        ddim_step_count(settings.training.denoiser.sample_steps)
+    except UserError as error:
+        problems.append(f"training.denoiser.sample_steps: {error}")
+    weight = settings.training.autoencoder.perceptual_weight
+    if settings.training.train_autoencoder and weight > 0 and fitting.lpips_weights is None:
+        problems.append(
+            f"training.autoencoder.perceptual_weight: needs fitting.lpips_weights (value {weight})"
+        )
     if any(not 0 <= value <= 1 for value in settings.animation.background):
         problems.append(
             "animation.background: must be three numbers from 0 to 1 "

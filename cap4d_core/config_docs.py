@@ -57,7 +57,7 @@ def reference() -> str:
     for name in sections:
         model = SubjectSettings.model_fields[name].annotation
         assert isinstance(model, type) and issubclass(model, BaseModel)
-        lines += ["", f"## {name}", "", model.__doc__ or "", "", *_table(model)]
+        lines += _section(name, model, model())
     lines += [
         "",
         "## Presets",
@@ -80,14 +80,50 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _section(
+    name: str, model: type[BaseModel], defaults: BaseModel | None, level: int = 2
+) -> list[str]:
+    """A section and, below it, those that it holds.
+
+    Args:
+        name: with its parents, dotted.
+        model: its keys.
+        defaults: their values where the section is left out; None = those of the model.
+        level: of the heading.
+    """
+    lines = ["", f"{'#' * level} {name}", "", model.__doc__ or "", ""]
+    lines += _table(model, defaults=defaults)
+    for key, field in model.model_fields.items():
+        inner = _model_of(field)
+        if inner is not None:
+            held = None if defaults is None else getattr(defaults, key)
+            lines += _section(f"{name}.{key}", inner, held, level + 1)
+    return lines
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model behind a key that is a section itself."""
+    choices = [field.annotation, *typing.get_args(field.annotation)]
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
 def _table(
-    model: type[BaseModel], heading: str = "key", skip: list[str] | None = None
+    model: type[BaseModel],
+    heading: str = "key",
+    skip: list[str] | None = None,
+    defaults: BaseModel | None = None,
 ) -> list[str]:
     rows = [f"| {heading} | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if skip and name in skip:
             continue
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+        value = field.get_default(call_default_factory=True)
+        if defaults is not None:
+            value = getattr(defaults, name)
+        if isinstance(value, BaseModel):
+            default = "see below"
+        else:
+            default = "required" if field.is_required() else f"`{_yaml(value)}`"
         description = (field.description or "").replace("|", "\\|")
         rows.append(f"| `{name}` | {_type(field)} | {default} | {description} |")
     return rows
@@ -113,6 +149,10 @@ def _type_words(annotation: Any) -> str:
     if origin in (list, tuple):
         inner = _type_words(typing.get_args(annotation)[0])
         return f"list of {inner}"
+    if origin is typing.Annotated:
+        return _type_words(typing.get_args(annotation)[0])
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return "section"
     names = {int: "whole number", float: "number", bool: "true/false", str: "text"}
     return "null" if annotation is type(None) else names.get(annotation, str(annotation))
 

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cap4d_core.training_settings import TrainingSettings
+
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -392,12 +394,13 @@ class SubjectSettings(StrictModel):
     animation: AnimationSettings = AnimationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     demo: DemoSettings = DemoSettings()
+    training: TrainingSettings = TrainingSettings()
 
 
 # What each quality preset sets; every other key keeps its default. Released values, except `demo`.
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     # Minutes on two CPU cores: one photo of a procedural person, the small weights of their world.
-    # Ten steps suffice for these weights (docs/sharding.md), without guidance.
+    # Ten steps suffice for these weights (benchmarks/README.md), without guidance.
     "demo": {
         "demo": {"num_references": 1},
         "sampling": {

@@ -19,9 +19,8 @@ from cap4d_core.settings import StrictModel
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 # Folders and files of the results folder that a subject's folder would collide with.
-RESERVED_NAMES = frozenset(
-    {"assets", "benchmarks", "demo", "driving", "evaluation", "index", "logs", "subjects"}
-)
+_STAGE_FOLDERS = frozenset({"assets", "benchmarks", "demo", "driving", "evaluation", "logs"})
+RESERVED_NAMES = _STAGE_FOLDERS | {"index", "subjects", "training"}
 DEMO_PREFIX = "demo:"
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")

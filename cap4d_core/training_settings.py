@@ -5,11 +5,14 @@ Light on purpose, as `settings`.
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cap4d_core.diffusion.step_grid import is_valid_step_count
+from cap4d_core.errors import UserError
 
 # Demo subjects below this number are never trained on: they are for use and for evaluation.
 FIRST_TRAINING_SEED = 10_000
@@ -62,6 +65,28 @@ class TrainingDataSettings(_Strict):
         if not self.folders and not self.demo_subjects:
             raise ValueError("name tracking folders, or set demo_subjects above 0")
         return self
+
+
+def expand_folders(patterns: Sequence[str], key: str = "training.data.folders") -> list[str]:
+    """The folders that patterns stand for, each once, in the order of the patterns.
+
+    Args:
+        patterns: paths; those with `*`, `?` or `[` stand for all folders with a fit.npz that fit.
+        key: the configuration key, for messages.
+
+    Raises:
+        UserError: a pattern that nothing fits.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if not glob.has_magic(pattern):
+            found.append(pattern)
+            continue
+        matches = sorted(f for f in glob.glob(pattern) if (Path(f) / "fit.npz").is_file())
+        if not matches:
+            raise UserError(f"{key}: no folder with a fit.npz fits {pattern!r}.")
+        found += matches
+    return list(dict.fromkeys(found))
 
 
 class OptimizerSettings(_Strict):
@@ -133,8 +158,6 @@ class DenoiserTrainingSettings(OptimizerSettings):
     def _has_references(self) -> Self:
         if sum(self.reference_weights) <= 0:
             raise ValueError("reference_weights are all 0")
-        if not is_valid_step_count(self.sample_steps):
-            raise ValueError(f"sample_steps: {self.sample_steps} steps are not possible; try 50")
         return self
 
 

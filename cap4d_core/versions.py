@@ -31,4 +31,5 @@ STAGE_VERSIONS: dict[str, int] = {
     "evaluate": 1,
     "write_report": 1,
     "make_demo": 2,
+    "train_mmdm": 1,
 }

@@ -20,6 +20,7 @@ from cap4d_core.batch.resources import read_learned
 from cap4d_core.config import DOWNLOAD, LPIPS_DOWNLOAD, load_config
 from cap4d_core.errors import UserError
 from cap4d_core.run_guard import claim_results
+from cap4d_core.training_settings import expand_folders
 from cap4d_core.versions import STAGE_VERSIONS
 
 speed_up_planning()
@@ -360,3 +361,42 @@ def lpips_weights(wildcards):
     if CONFIG.settings.fitting.lpips_weights == LPIPS_DOWNLOAD:
         return rules.download_lpips.output.weights
     return CONFIG.settings.fitting.lpips_weights or []
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def training_folder():
+    """Of the run; where there is nothing to train on one that no other rule can ask for."""
+    training = CONFIG.settings.training
+    return f"{RESULTS}/training/{training.name if training.data else '.unset'}"
+
+
+def training_fits(wildcards):
+    """Of all people; their pictures are looked at by the job itself."""
+    data = CONFIG.settings.training.data
+    if data is None:
+        raise WorkflowError(
+            f"{CONFIG_FILE}: training.data: say what to train on: folders of tracked people, or "
+            "demo_subjects (docs/training.md)"
+        )
+    try:
+        folders = expand_folders(data.folders)
+        folders += expand_folders(
+            data.validation_folders, "training.data.validation_folders"
+        )
+    except UserError as error:
+        raise WorkflowError(str(error))
+    return [f"{folder}/fit.npz" for folder in folders]
+
+
+def training_start(wildcards):
+    training = CONFIG.settings.training
+    places = [training.start, training.autoencoder_start]
+    return [path for path in places if path is not None]
+
+
+def training_lpips(wildcards):
+    training = CONFIG.settings.training
+    is_used = training.train_autoencoder and training.autoencoder.perceptual_weight > 0
+    return lpips_weights(wildcards) if is_used else []

@@ -21,6 +21,7 @@ from cap4d_core.demo.head import write_demo_head
 from cap4d_core.demo.subject import Subject, make_subject
 from cap4d_core.diffusion.conditioning import RendererTables
 from cap4d_core.diffusion.model_config import MMDMConfig
+from cap4d_core.diffusion.renderer_tables import head_model_tables
 from cap4d_core.diffusion.training.demo_frames import TEXTURE_SIZE, DemoFrames
 from cap4d_core.diffusion.training.frame_table import FrameTable
 from cap4d_core.diffusion.training.tracked_frames import Recording, TrackedFrames, open_recording
@@ -29,12 +30,19 @@ from cap4d_core.files.basic import sha256_file
 from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import MODEL_FILE, HeadModel
 from cap4d_core.flame.template import load_flame_template
-from cap4d_core.training_settings import FIRST_TRAINING_SEED, TrainingDataSettings
+from cap4d_core.training_settings import (
+    FIRST_TRAINING_SEED,
+    TrainingDataSettings,
+    expand_folders,
+)
 from cap4d_core.versions import STAGE_VERSIONS
 
 # Validation subjects of the demo family; below those that are trained on, above those that users
 # are likely to name.
 FIRST_VALIDATION_SEED = FIRST_TRAINING_SEED - 1_000
+# People looked at, and those of the training data that are when there are no others.
+MOST_SHOWN, FEWEST_SHOWN = 8, 2
+DEMO_HEAD = "demo_head"
 # Demo people waiting in memory per process that makes them.
 WAITING = 8
 
@@ -106,7 +114,7 @@ class People:
     @cached_property
     def demo(self) -> DemoFrames:
         """Makes frames of demo people, on their own head model whatever the others'."""
-        folder = self.folder / "demo_head"
+        folder = self.folder / DEMO_HEAD
         if not (folder / "provenance.json").is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder) as source:
@@ -173,16 +181,36 @@ class People:
 
     def training(self, queue: SubjectQueue) -> list[Person]:
         """All who are trained on: tracked ones, then demo ones, which the queue makes."""
-        people = self.of_folders(self.settings.folders)
+        people = self.of_folders(expand_folders(self.settings.folders))
         return people + self.of_demo(queue.seeds, self.settings.demo_views, queue)
 
     def validation(self, num_views: int) -> list[Person]:
         """Those who are only looked at; demo people only where such are trained on."""
         data = self.settings
-        people = self.of_folders(data.validation_folders)
+        folders = expand_folders(data.validation_folders, "training.data.validation_folders")
         count = data.demo_validation if data.demo_subjects else 0
         seeds = range(FIRST_VALIDATION_SEED, FIRST_VALIDATION_SEED + count)
-        return people + self.of_demo(seeds, num_views, SubjectQueue(seeds, 0))
+        demo = self.of_demo(seeds, num_views, SubjectQueue(seeds, 0))
+        return self.of_folders(folders[:MOST_SHOWN]) + demo
+
+    def some_of_training(self, num_views: int) -> list[Person]:
+        """A few of those who are trained on."""
+        folders = expand_folders(self.settings.folders)[:FEWEST_SHOWN]
+        if folders:
+            return self.of_folders(folders)
+        first = self.settings.demo_first_seed
+        seeds = range(first, first + min(FEWEST_SHOWN, self.settings.demo_subjects))
+        return self.of_demo(seeds, num_views, SubjectQueue(seeds, 0))
+
+    def conditioning_tables(self) -> dict[str, Tensor]:
+        """Tables that go with the model: the start weights', else those that it was trained with.
+
+        With tracked and demo people that is the tables of the tracked people's head model.
+        """
+        if self.given_tables is not None:
+            return self.given_tables
+        is_demo = not self.settings.folders
+        return head_model_tables(self.folder / DEMO_HEAD if is_demo else self.head_model_dir)
 
     def _tracked_parts(self, recording: Recording) -> Parts:
         # Not before they are asked for: the head model need not exist for demo people alone.

@@ -3,7 +3,7 @@
     {output}/model/          a model folder, as mmdm.path takes it
     {output}/metrics.jsonl   losses and measured quality
     {output}/curve.png       the same, drawn
-    {output}/samples.png     views of other people, where there are some
+    {output}/samples.png     views by the trained model, of people it was not trained on if possible
     {output}/checkpoints/    everything that a later attempt goes on from
 
 Phases: frames of all people; the autoencoder, where it is to be trained; latents; the denoiser.
@@ -15,15 +15,15 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cap4d_core
 from cap4d_core.diffusion.checkpoint import save_mmdm
-from cap4d_core.diffusion.renderer_tables import head_model_tables
 from cap4d_core.diffusion.training.autoencoder_phase import (
     autoencoder_identity,
     train_autoencoder,
@@ -96,18 +96,20 @@ def train_mmdm(
     people = People(
         data, start.config, start.tables, head_model_dir, folder, device, max(threads, 1)
     )
-    audience = find_audience(people, start.config.views_per_call)
+    find = cache(partial(find_audience, people, start.config.views_per_call))
+    logger.info("%d process(es) on %s.", num_processes, device.type)
     if settings.train_autoencoder:
-        _make_autoencoder(spec, people, audience, num_processes, device)
+        _make_autoencoder(spec, people, find, num_processes, device)
     else:
         _take_autoencoder(spec, start, people, device)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     if trained_denoiser(spec) is None:
+        audience = find()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         launch(train_denoiser, (spec, audience), num_processes, device, threads)
     else:
         logger.info("The denoiser is trained already.")
-    _write_results(spec, start, output_dir)
+    _write_results(spec, start, people, output_dir)
 
 
 def _check_views(settings: TrainingSettings, start: Start) -> None:
@@ -132,12 +134,17 @@ def _take_autoencoder(spec: RunSpec, start: Start, people: People, device: torch
 
 
 def _make_autoencoder(
-    spec: RunSpec, people: People, audience: Audience, num_processes: int, device: torch.device
+    spec: RunSpec,
+    people: People,
+    find: Callable[[], Audience],
+    num_processes: int,
+    device: torch.device,
 ) -> None:
     """Trains the autoencoder, unless that is done, and encodes everything with it."""
     frames = prepare_frames(people, spec.folder, None, spec.callback)
     autoencoder = kept_autoencoder(spec.folder, autoencoder_identity(spec))
     if autoencoder is None:
+        audience = find()
         shown = [p.table.images for p in audience.people if p.table.images is not None]
         arguments = (spec, shown if audience.is_unseen else [])
         launch(train_autoencoder, arguments, num_processes, device, spec.threads)
@@ -146,7 +153,7 @@ def _make_autoencoder(
     prepare_latents(spec.folder, frames, autoencoder.to(device), spec.callback)
 
 
-def _write_results(spec: RunSpec, start: Start, output_dir: Path) -> None:
+def _write_results(spec: RunSpec, start: Start, people: People, output_dir: Path) -> None:
     trained, autoencoder = trained_denoiser(spec), kept_autoencoder(spec.folder)
     assert trained is not None and autoencoder is not None
     denoiser, notes = trained
@@ -156,23 +163,17 @@ def _write_results(spec: RunSpec, start: Start, output_dir: Path) -> None:
         output_dir / "model",
         denoiser,
         autoencoder,
-        _tables(spec, start),
+        people.conditioning_tables(),
         _provenance(spec, start, notes, records),
         stored,
         stored,
     )
     shutil.copyfile(spec.metrics, output_dir / "metrics.jsonl")
     draw_curves(output_dir / "curve.png", records)
-    pictures = sorted(spec.samples.glob("views_*.png"))
-    if pictures:
-        shutil.copyfile(pictures[-1], output_dir / "samples.png")
+    shutil.copyfile(max(spec.samples.glob("views_*.png")), output_dir / "samples.png")
     for name in STATES:
         (spec.folder / name).unlink(missing_ok=True)
     logger.info("Model written to %s; use it as mmdm.path.", output_dir / "model")
-
-
-def _tables(spec: RunSpec, start: Start) -> Mapping[str, Tensor]:
-    return start.tables or head_model_tables(spec.head_model_dir)
 
 
 def _provenance(

@@ -20,7 +20,7 @@ from cap4d_core.diffusion.training.batches import BatchSource, DrawSettings
 from cap4d_core.diffusion.training.denoiser_pass import DenoiserPass, denoiser_loss
 from cap4d_core.diffusion.training.frame_table import FrameTable
 from cap4d_core.diffusion.training.objective import DenoisingLoss
-from cap4d_core.diffusion.training.people import People, Person
+from cap4d_core.diffusion.training.people import MOST_SHOWN, People, Person
 from cap4d_core.diffusion.training.records import add_record
 from cap4d_core.diffusion.training.trainer import Machine
 from cap4d_core.diffusion.training.view_quality import (
@@ -37,9 +37,6 @@ from cap4d_core.training_settings import DenoiserTrainingSettings
 logger = logging.getLogger(__name__)
 
 PHASE = "validation"
-# People shown, and those of the training data that are shown when there are no others.
-MOST_SHOWN = 8
-FEWEST_SHOWN = 2
 # Fixed batches that the loss is measured on.
 LOSS_BATCHES = 8
 
@@ -79,7 +76,7 @@ def find_audience(people: People, num_views: int) -> Audience:
     chosen = people.validation(num_views)
     if chosen:
         return Audience([show(person, num_views) for person in chosen[:MOST_SHOWN]], True)
-    chosen = people.of_folders(people.settings.folders[:FEWEST_SHOWN])
+    chosen = people.some_of_training(num_views)
     return Audience([show(person, num_views) for person in chosen], False)
 
 
