@@ -7,7 +7,7 @@ CORES ?= all
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-unit test-slurm lint real-run install-pixel3dmm clean help
+.PHONY: setup demo test test-unit test-slurm lint real-run real-video install-pixel3dmm clean help
 
 help:
 	@echo "make setup      create $(VENV) with pinned versions"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       all tests;  make test-unit: the fast ones;  make lint: linters only"
 	@echo "make test-slurm tests on a throw-away SLURM on this machine (root on Debian)"
 	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
+	@echo "make real-video avatars of real photos and of a real video alone, without diffusion"
 	@echo "make install-pixel3dmm  an alternative tracker, in an environment of its own"
 	@echo "make clean      remove what demo and tests made (not $(VENV))"
 
@@ -57,6 +58,10 @@ real-run: $(STAMP)
 	$(RUN) tests/real_run/make_small_mmdm.py
 	$(RUN) -m snakemake --cores $(CORES) --configfile tests/real_run/config.yaml
 	@$(RUN) -m cap4d_core summary --configfile tests/real_run/config.yaml
+
+# Avatars of photos and of a video alone, tracked here.
+real-video: $(STAMP)
+	$(RUN) -m snakemake --cores $(CORES) --configfile tests/real_run/video.yaml
 
 # An alternative tracker, in an environment of its own: docs/tracking.md.
 install-pixel3dmm: $(STAMP)
