@@ -108,19 +108,19 @@ def public(value: Any) -> Any:
 def upstream_jobs(job: Job) -> list[Job]:
     """Jobs that the inputs of a job come from, directly or not, as their job files tell."""
     made_by: dict[str, Job] = {}
-    for path in _job_files(job):
+    for job_file in _job_files(job):
         with contextlib.suppress(Exception):  # of another version, half written
-            other = read_job_file(path)
+            other = read_job_file(job_file)
             made_by |= {output: other for outputs in other.output.values() for output in outputs}
     found: list[Job] = []
     open_ones = [job]
     while open_ones:
         inputs = [path for paths in open_ones.pop().input.values() for path in paths]
         for path in inputs:
-            other = made_by.pop(path, None)
-            if other is not None and other not in found and other != job:
-                found.append(other)
-                open_ones.append(other)
+            maker = made_by.pop(path, None)
+            if maker is not None and maker not in found and maker != job:
+                found.append(maker)
+                open_ones.append(maker)
     return sorted(found, key=lambda j: (j.rule, sorted(j.wildcards.items())))
 
 

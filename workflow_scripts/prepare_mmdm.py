@@ -25,8 +25,13 @@ def main(job: Job) -> None:
             callback=job.progress("tensors"),
         )
 
-    inputs = {"weights": weight_files(source), "head_model": head_model}
-    through_cache(job, output, inputs, prepare, params=["sha256"])
+    through_cache(
+        job,
+        output,
+        {"weights": weight_files(source), "head_model": head_model},
+        prepare,
+        params=["sha256"],
+    )
 
 
 if __name__ == "__main__":
