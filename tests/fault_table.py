@@ -26,10 +26,8 @@ FAULTS = (
     "crash leaves a truncated checkpoint",
     "two runs in one folder",
     "two runs of different folders, one results folder",
-    "cached asset is corrupted",
     "files appear late (slow network disk)",
     "clocks of nodes are wrong",
-    "one bad subject of ten",
 )
 
 
