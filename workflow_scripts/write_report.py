@@ -1,10 +1,10 @@
 """Rule write_report: one page with all subjects, animations and figures."""
 
 from cap4d_core.job import Job, run
-from cap4d_core.job_environment import package_versions
 
 
 def main(job: Job) -> None:
+    from cap4d_core.job_environment import package_versions
     from cap4d_core.report.report import write_report
 
     page = job.output_file("page")
