@@ -23,8 +23,9 @@ rule train_mmdm:
     threads: 8
     resources:
         gpu=1,
-        mem_mb=48000,
-        runtime=1440,
+        # Not learned from earlier runs: one that goes on from a state is short.
+        mem_mb=per_attempt(48000),
+        runtime=per_attempt(1440),
     params:
         version=STAGE_VERSIONS["train_mmdm"],
         settings=settings("training"),
