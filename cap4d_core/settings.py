@@ -217,7 +217,9 @@ class FittingSettings(StrictModel):
         1, ge=1, description="Views per step (parity: 1); learning rates follow sqrt(B)."
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="Compile the training step; 'auto' = on GPUs, in fits long enough."
+        "off",
+        description="Compile the training step; 'auto' = on GPUs, in fits long enough. Off, because "
+        "an earlier form was still compiling after minutes on the one GPU it was tried on.",
     )
     use_generated_views: bool = Field(
         True, description="Fit on generated views too; false = reference images only."
