@@ -218,8 +218,8 @@ class FittingSettings(StrictModel):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "off",
-        description="Compile the training step; 'auto' = on GPUs, in fits long enough. Off, because "
-        "an earlier form was still compiling after minutes on the one GPU it was tried on.",
+        description="Compile the training step; 'auto' = on GPUs, in fits long enough. Off, as an "
+        "earlier form was still compiling after minutes on the one GPU it was tried on.",
     )
     use_generated_views: bool = Field(
         True, description="Fit on generated views too; false = reference images only."
