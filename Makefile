@@ -7,12 +7,13 @@ CORES ?= all
 WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-unit test-slurm lint real-run real-video install-pixel3dmm clean help
+.PHONY: setup demo test test-unit test-faults test-slurm lint real-run real-video install-pixel3dmm clean help
 
 help:
 	@echo "make setup      create $(VENV) with pinned versions"
 	@echo "make demo       whole workflow on procedural people, minutes on a CPU"
 	@echo "make test       all tests;  make test-unit: the fast ones;  make lint: linters only"
+	@echo "make test-faults  what breaks is mended: kills, full disks, damaged files"
 	@echo "make test-slurm tests on a throw-away SLURM on this machine (root on Debian)"
 	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
 	@echo "make real-video avatars of real photos and of a real video alone, without diffusion"
@@ -36,11 +37,15 @@ demo: $(STAMP)
 	@$(RUN) -m cap4d_core summary
 
 test: $(STAMP)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not full_size and not slurm"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not full_size and not slurm" --ignore tests/faults
 
 # No Snakemake runs, nothing that takes minutes.
 test-unit: $(STAMP)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not workflow and not slurm and not full_size"
+
+# Kills, full disks, damaged files: minutes each.
+test-faults: $(STAMP)
+	$(RUN) -m pytest -rs tests/faults
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of two nodes with pretended GPUs.
 test-slurm: $(STAMP)
