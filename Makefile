@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make setup      create $(VENV) with pinned versions"
 	@echo "make demo       whole workflow on procedural people, minutes on a CPU"
-	@echo "make test       all tests;  make test-unit: the fast ones;  make lint: linters only"
+	@echo "make test       all tests but the two kinds below;  make test-unit: the fast ones;  make lint: linters only"
 	@echo "make test-faults  what breaks is mended: kills, full disks, damaged files"
 	@echo "make test-slurm tests on a throw-away SLURM on this machine (root on Debian)"
 	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
