@@ -63,6 +63,8 @@ def crop_mask(resolution: tuple[int, int], box: Box, size: int) -> NDArray[np.ui
 
     Resampled as bytes, so that values are rounded to 0 or 1: the weights know no soft edge.
     """
+    if box[0] >= 0 and box[1] >= 0 and box[2] <= resolution[1] and box[3] <= resolution[0]:
+        return np.ones((size, size), np.uint8)
     return np.asarray(resize(crop(np.ones(resolution, np.uint8), box, 0), size))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from cap4d_core.diffusion.view_cloud import camera_directions
 from cap4d_core.diffusion.view_plan_file import ViewPlan
@@ -34,10 +34,10 @@ def contact_sheet(images: Sequence[Uint8Array], tile: int = 128, columns: int = 
     step = tile + _MARGIN
     sheet = np.full((rows * step - _MARGIN, columns * step - _MARGIN, 3), 200, np.uint8)
     for i, image in enumerate(images):
-        method = cv2.INTER_AREA if image.shape[0] > tile else cv2.INTER_NEAREST
+        method = Image.Resampling.BOX if image.shape[0] > tile else Image.Resampling.NEAREST
         y, x = divmod(i, columns)
-        sheet[y * step : y * step + tile, x * step : x * step + tile] = cv2.resize(
-            np.ascontiguousarray(image), (tile, tile), interpolation=method
+        sheet[y * step : y * step + tile, x * step : x * step + tile] = np.asarray(
+            Image.fromarray(np.ascontiguousarray(image)).resize((tile, tile), method)
         )
     return sheet
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -63,6 +62,8 @@ def resize(image: NDArray[Any], size: int | tuple[int, int]) -> NDArray[Any]:
     Shrinking in height averages areas, with fractional weights at box edges; otherwise bilinear
     with half-pixel centres. A trailing channel axis of length 1 is dropped, as OpenCV does.
     """
+    import cv2  # not above: sampling jobs, which resample nothing, start faster without it
+
     height, width = (size, size) if isinstance(size, int) else size
     if image.shape[:2] == (height, width):
         return image[..., 0].copy() if image.ndim == 3 and image.shape[2] == 1 else image.copy()
