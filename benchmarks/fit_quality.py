@@ -1,11 +1,13 @@
 """Quality of the avatar fit by views per step, after the same number of training views.
 
-    python benchmarks/fit_quality.py HEAD IMAGE_SET HELD_OUT [--views 20000] [--preset low]
-        [--runs parity 1 8] [--seeds 0 1 2] [--set lr_position=0.01 ...] [--jobs 1] [--json FILE]
+    python benchmarks/fit_quality.py [--subjects 24 25 26] [--size 128] [--references 64]
+        [--views 20000] [--preset low] [--runs parity 1 8] [--set lr_position=0.01 ...]
+        [--lpips WEIGHTS] [--jobs 1] [--seconds 0] [--json FILE] [--pictures FOLDER]
 
-IMAGE_SET is trained on, HELD_OUT (with mattes) is not. A run is `parity` (one view per step, the
-published arithmetic) or a number of views per step. The schedules of the preset are stretched to
-`--views`. Prints PSNR and SSIM of the held-out views, PSNR also inside the dilated mattes.
+Fits the demo world's people: every number is a person and the seed of their fits. A run is `parity`
+(one view per step, the published arithmetic) or a number of views per step. The schedules of the
+preset are stretched to `--views`. Prints PSNR and SSIM of views that were not trained on, PSNR also
+inside the dilated mattes. After `--seconds` of a fit it is scored as it is.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,19 @@ from typing import Any
 import torch
 import yaml
 
-from cap4d_core.avatar.fit_report import evaluate_views
+from cap4d_core.avatar.fit_report import evaluate_views, write_preview
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import Split, load_image_data
+from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.training import AvatarTrainer, ViewOrder
+from cap4d_core.demo.world import (
+    held_out_fit,
+    reference_fit,
+    write_demo_crops,
+    write_demo_head,
+)
 from cap4d_core.files.image_set import read_image_set
+from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import PRESETS, FittingSettings
 
@@ -35,17 +47,23 @@ SCHEDULES = (
     "sh_warmup", "densify_from", "densify_until", "densification_interval",
     "opacity_reset_interval", "lpips_start", "lpips_end",
 )  # fmt: skip
-SCORES = ("psnr_subject", "psnr", "ssim")
+SCORES = ("psnr_subject", "psnr", "ssim", "lpips")
+NUM_HELD_OUT = 16
+# Of the uncropped photos; nothing but the rounding of crop boxes depends on it.
+PHOTO_SIZE = 512
 
 
 def main() -> None:
     arguments = parse_arguments()
-    tasks = [(run, seed) for run in arguments.runs for seed in arguments.seeds]
-    # Processes of their own: the fits share nothing.
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure, arguments, run, seed) for run, seed in tasks]
-        rows = [future.result() for future in futures]
-    print(f"\n{arguments.views} views, preset {arguments.preset}, mean (and range) over seeds")
+    tasks = [(run, subject) for run in arguments.runs for subject in arguments.subjects]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        # Processes of their own: the fits share nothing.
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(write_data, repeat(arguments), [None, *arguments.subjects], repeat(data)))
+            futures = [pool.submit(measure, arguments, data, *task) for task in tasks]
+            rows = [future.result() for future in futures]
+    print(f"\n{arguments.views} views, preset {arguments.preset}, mean (and range) over people")
     for run in arguments.runs:
         chosen = [row for row in rows if row["run"] == run]
         cells = []
@@ -61,17 +79,34 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("head", type=Path)
-    parser.add_argument("image_set", type=Path)
-    parser.add_argument("held_out", type=Path)
+    parser.add_argument("--subjects", type=int, nargs="+", default=[24, 25, 26])
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures")
+    parser.add_argument("--references", type=int, default=64, help="pictures to train on")
     parser.add_argument("--views", type=int, default=20_000)
     parser.add_argument("--preset", default="low", choices=sorted(PRESETS))
     parser.add_argument("--runs", nargs="+", default=["parity", "8"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--lpips", type=Path, help="weights of the perceptual loss")
     parser.add_argument("--jobs", type=int, default=1, help="fits at a time")
+    parser.add_argument("--seconds", type=float, default=0, help="limit per fit; 0 = none")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=Path, help="folder for target, render, difference")
     return parser.parse_args()
+
+
+def write_data(arguments: argparse.Namespace, subject: int | None, folder: Path) -> None:
+    """A person's pictures, or (None) the head model."""
+    if subject is None:
+        prepare_head_model(write_demo_head(folder / "assets"), None, folder / "head")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, fit in (
+        ("train", reference_fit(subject, arguments.references, PHOTO_SIZE)),
+        ("held_out", held_out_fit(subject, NUM_HELD_OUT, PHOTO_SIZE)),
+    ):
+        write_demo_crops(
+            folder / str(subject) / name, subject, fit, crop_size=arguments.size, device=device
+        )
 
 
 def settings_of(arguments: argparse.Namespace, run: str, seed: int) -> FittingSettings:
@@ -88,39 +123,46 @@ def settings_of(arguments: argparse.Namespace, run: str, seed: int) -> FittingSe
     return FittingSettings(**values)
 
 
-def measure(arguments: argparse.Namespace, run: str, seed: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, folder: Path, run: str, subject: int) -> dict[str, Any]:
     """One fit and its scores."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    settings = settings_of(arguments, run, seed)
-    head = HeadModel.load(arguments.head, lower_jaw=True).to(device)
-    train, held_out = read_image_set(arguments.image_set), read_image_set(arguments.held_out)
-    data = load_image_data([train, held_out], settings.parity)
-    mattes = load_image_data([held_out]).mattes
-    if mattes is not None:
-        # Only held-out views are scored.
-        data.mattes = torch.cat([mattes.new_zeros(len(train), *data.size), mattes])
-    data = data.to(device)
-    order = ViewOrder(range(len(train)), seed, device)
+    settings = settings_of(arguments, run, subject)
+    head = HeadModel.load(folder / "head", lower_jaw=True).to(device)
+    train = read_image_set(folder / str(subject) / "train")
+    held_out = read_image_set(folder / str(subject) / "held_out")
+    data = load_image_data([train, held_out], settings.parity).to(device)
+    lpips = None
+    if arguments.lpips:
+        lpips = Lpips.load(arguments.lpips, parity=settings.parity, device=device)
+    order = ViewOrder(range(len(train)), settings.seed, device)
     avatar = GaussianAvatar.create(head, data.shape, settings)
-    trainer = AvatarTrainer(avatar, data, settings, view_order=order.rows)
+    trainer = AvatarTrainer(avatar, data, settings, lpips=lpips, view_order=order.rows)
     rows = list(range(len(train)))
     trainer.split = Split(rows, list(range(len(train), len(data))), rows[:1])
     stride = settings.views_per_step
     started = time.perf_counter()
     for iteration in range(stride, settings.iterations + stride, stride):
         losses = trainer.step(iteration)
+        if 0 < arguments.seconds < time.perf_counter() - started:
+            break
     loss = float(losses[-1])
     seconds = time.perf_counter() - started
+    if lpips is not None:
+        trainer.lpips = Lpips.load(arguments.lpips, device=device)  # one ruler for all runs
     row = {
         "run": run,
-        "seed": seed,
+        "subject": subject,
+        "views": iteration,
         "loss": loss,
         "splats": len(avatar.splats),
-        "views_per_s": settings.iterations / seconds,
+        "views_per_s": iteration / seconds,
         **evaluate_views(trainer, trainer.split.held_out),
     }
     print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    if arguments.pictures:
+        picture = arguments.pictures / f"{subject}_{run}.png"
+        write_preview(picture, trainer, trainer.split.held_out)
     return row
 
 

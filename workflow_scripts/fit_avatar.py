@@ -1,10 +1,14 @@
 """Rule fit_avatar: a Gaussian avatar from reference and generated images."""
 
+from pathlib import Path
+
 from cap4d_core.job import Job, run
 
 
 def main(job: Job) -> None:
     from cap4d_core.avatar.fitting import fit_avatar
+    from cap4d_core.batch.asset_cache import compiled_folder
+    from cap4d_core.compiling import use_compile_cache
     from cap4d_core.files.image_set import read_image_index
     from cap4d_core.flame.model import HeadModel
     from cap4d_core.manifest import manifest
@@ -14,6 +18,9 @@ def main(job: Job) -> None:
     if job.input_files("lpips"):  # also where the setting says 'download'
         weights = str(job.input_file("lpips"))
         settings = settings.model_copy(update={"lpips_weights": weights})
+    head_model = Path(job.input_file("head_model"))
+    if settings.compile != "off":
+        use_compile_cache(compiled_folder() or head_model.parent / "compiled")
     pictures = "crops" if settings.reference_images == "original" else "images"
     references = read_image_index(job.input_file("references"), images=pictures)
     generated = [
@@ -25,7 +32,7 @@ def main(job: Job) -> None:
     with manifest(job, output):
         fit_avatar(
             [references, sorted(generated, key=lambda item: item.image.name)],
-            HeadModel.load(job.input_file("head_model"), lower_jaw=settings.use_lower_jaw),
+            HeadModel.load(head_model, lower_jaw=settings.use_lower_jaw),
             settings,
             output,
             callback=job.progress("iterations"),

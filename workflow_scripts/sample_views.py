@@ -5,7 +5,7 @@ from cap4d_core.job import Job, run
 
 def main(job: Job) -> None:
     from cap4d_core.batch.asset_cache import compiled_folder
-    from cap4d_core.diffusion.denoiser_setup import use_compile_cache
+    from cap4d_core.compiling import use_compile_cache
     from cap4d_core.diffusion.sampling import sample_views
     from cap4d_core.settings import SamplingSettings
 

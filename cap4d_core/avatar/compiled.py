@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +10,6 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs for a device."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    generator = device.type != "cuda" or importlib.util.find_spec("triton") is not None
-    return compiler is not None and generator
 
 
 class Compiler:

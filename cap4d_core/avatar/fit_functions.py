@@ -7,22 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cap4d_core.avatar import losses
 from cap4d_core.avatar.compiled import varying
 from cap4d_core.avatar.densification import SplatTensors
-from cap4d_core.avatar.face_frames import FaceFrames, face_frames
-from cap4d_core.avatar.gaussians import (
-    GaussianAvatar,
-    HeadMaps,
-    MeshMaps,
-    PosedGaussians,
-    world_means,
-    world_splats,
-)
+from cap4d_core.avatar.face_frames import FaceFrames, face_frames, gather_rows
+from cap4d_core.avatar.gaussians import GaussianAvatar, HeadMaps, MeshMaps, PosedGaussians
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.lpips_fast import FastLpips
+from cap4d_core.geometry.rotations import quaternion_multiply
 from cap4d_core.settings import FittingSettings
 
 logger = logging.getLogger(__name__)
@@ -34,8 +29,7 @@ def image_terms(
     mask: Tensor,
     lpips: Lpips | FastLpips | None,
     kept: Sequence[Tensor] = (),
-    separable: bool = True,
-    blur: losses.Blur | None = None,
+    blur: losses.Blur = "axes",
 ) -> Tensor:
     """L1, 1 - SSIM and the mean LPIPS (0 without), (3,).
 
@@ -45,13 +39,12 @@ def image_terms(
         mask: (B, 1, H, W) bool.
         lpips: perceptual distance.
         kept: what `TargetFeatures` holds of the masked targets.
-        separable: see `losses.ssim_map`.
-        blur: `losses.blur_matrices`, where they are to be used.
+        blur: see `losses.ssim_map`.
     """
     have = rendered.permute(0, 3, 1, 2) * mask
     want = target * mask
     l1 = losses.l1_loss(have, want)
-    dssim = 1 - losses.ssim_map(have, want, separable, blur).mean()
+    dssim = 1 - losses.ssim_map(have, want, blur).mean()
     if lpips is None:
         return torch.stack([l1, dssim, torch.zeros_like(l1)])
     distance = lpips(have, want, kept) if isinstance(lpips, FastLpips) else lpips(have, want)
@@ -174,24 +167,80 @@ class MeshFunction(nn.Module):
         )  # fmt: skip
 
 
-def pose_on(mesh: MeshTensors, splats: SplatTensors) -> PosedGaussians:
-    """The splats on given meshes: `GaussianAvatar.pose_maps` with regularisers, second half."""
+class SplatInputs(NamedTuple):
+    """What `place_splats` needs: meshes (see `MeshTensors`) and local parameters."""
+
+    rotation: Tensor
+    scale: Tensor
+    centre: Tensor
+    quaternion: Tensor
+    neutral_rotation: Tensor
+    neutral_scale: Tensor
+    neutral_centre: Tensor
+    xyz: Tensor
+    f_dc: Tensor
+    f_rest: Tensor
+    opacity: Tensor
+    scaling: Tensor
+    turn: Tensor
+    binding: Tensor
+
+
+def splat_inputs(mesh: MeshTensors, splats: SplatTensors) -> SplatInputs:
+    """Splats, whose number changes during a fit, on meshes, whose size is fixed."""
+    local = (
+        splats.xyz, splats.f_dc, splats.f_rest, splats.opacity, splats.scaling, splats.rotation,
+        splats.binding,
+    )  # fmt: skip
+    return SplatInputs(*mesh[1:8], *(varying(tensor) for tensor in local))
+
+
+def place_splats(inputs: SplatInputs) -> tuple[Tensor, ...]:
+    """means, quats, scales, face_scale, means_neutral, opacities, sh; see `PosedGaussians`.
+
+    The same as `GaussianAvatar.pose_maps` with regularisers, but for one lookup of the frames of
+    faces in both meshes, whose backward pass is the expensive part.
+    """
+    i = inputs
+    table = torch.cat(
+        [
+            i.rotation.flatten(-2), i.quaternion, i.scale, i.centre,
+            (i.neutral_rotation * i.neutral_scale[..., None]).flatten(-2), i.neutral_centre,
+        ],
+        dim=-1,
+    )  # fmt: skip
+    found = gather_rows(table, i.binding).split([9, 4, 1, 3, 9, 3], dim=-1)
+    rotation, quaternion, scale, centre, neutral, neutral_centre = found
+    local = i.xyz * scale
+    means = (rotation.unflatten(-1, (3, 3)) * local[..., None, :]).sum(-1) + centre
+    plain = (neutral.unflatten(-1, (3, 3)) * i.xyz[:, None, :]).sum(-1) + neutral_centre
+    # The product of unit quaternions is a unit quaternion.
+    quats = quaternion_multiply(quaternion, F.normalize(i.turn, dim=-1))
+    return (
+        means, quats, i.scaling.exp() * scale, scale, plain, i.opacity.sigmoid()[:, 0],
+        torch.cat([i.f_dc, i.f_rest], dim=1),
+    )  # fmt: skip
+
+
+def pose_on(
+    mesh: MeshTensors, splats: SplatTensors, place: Callable[..., tuple[Tensor, ...]]
+) -> PosedGaussians:
+    """The splats on given meshes; `place` is `place_splats`, perhaps compiled."""
+    means, quats, scales, face_scale, plain, opacities, sh = place(splat_inputs(mesh, splats))
     frames = FaceFrames(mesh.rotation, mesh.scale, mesh.centre)
     frames.quaternion = mesh.quaternion
-    neutral = FaceFrames(mesh.neutral_rotation, mesh.neutral_scale, mesh.neutral_centre)
-    means, quats, scales, face_scale = world_splats(splats, frames)
     return PosedGaussians(
         means=means,
         quats=quats,
         scales=scales,
-        opacities=splats.opacity.sigmoid()[:, 0],
-        sh=torch.cat([splats.f_dc, splats.f_rest], dim=1),
+        opacities=opacities,
+        sh=sh,
         vertices=mesh.vertices,
         mesh=MeshMaps(mesh.vertices, mesh.deformation),
         frames=frames,
         face_scale=face_scale,
-        means_neutral=world_means(splats, neutral),
-        frames_neutral=neutral,
+        means_neutral=plain,
+        frames_neutral=FaceFrames(mesh.neutral_rotation, mesh.neutral_scale, mesh.neutral_centre),
     )
 
 

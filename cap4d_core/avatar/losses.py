@@ -7,6 +7,9 @@ The regularisers are in the units of `cap4d_core.avatar.deformation.OFFSET_UNIT`
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +32,24 @@ def l1_loss(image: Tensor, target: Tensor) -> Tensor:
     return (image - target).abs().mean()
 
 
+def _window() -> list[float]:
+    weights = [
+        math.exp(-((i - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2)) for i in range(SSIM_WINDOW)
+    ]
+    return [weight / sum(weights) for weight in weights]
+
+
+# Normalised 1-D Gaussian; its outer product is the SSIM window.
+WINDOW = _window()
+
+
 # Cached, because building it on every call would stop the GPU.
 @functools.cache
 def gaussian_window(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Normalised 1-D Gaussian (11,); its outer product is the SSIM window."""
-    x = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
-    weights = torch.exp(-(x**2) / (2 * SSIM_SIGMA**2))
-    return (weights / weights.sum()).to(device, dtype)
+    """WINDOW as a tensor."""
+    return torch.tensor(WINDOW, dtype=torch.float64).to(device, dtype)
 
 
 @functools.cache
@@ -51,14 +63,16 @@ def _blur_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix.to(device, dtype)
 
 
-Blur = tuple[Tensor, Tensor]
+# How to blur: one 2-D convolution as published; one per axis, which is faster and rounds less; sums
+# of shifted images, which a compiler fuses with all around them; or by the matrices given.
+Blur = Literal["window", "axes", "shifts"] | tuple[Tensor, Tensor]
 
 
-def blur_matrices(image: Tensor) -> Blur | None:
-    """Window along rows and columns of (B, C, H, W) images as matrices; None where too large."""
+def fast_blur(image: Tensor) -> Blur:
+    """The fastest way for (B, C, H, W) images without a compiler."""
     height, width = image.shape[-2:]
     if max(height, width) > MAX_MATRIX_BLUR.get(image.device.type, 0):
-        return None
+        return "axes"
     # Convolutions of one channel are slow to differentiate; products are not.
     return (
         _blur_matrix(height, image.dtype, image.device),
@@ -66,15 +80,20 @@ def blur_matrices(image: Tensor) -> Blur | None:
     )
 
 
-def _blur(maps: Tensor, separable: bool, matrices: Blur | None) -> Tensor:
+def _blur(maps: Tensor, how: Blur) -> Tensor:
     """Gaussian window over (B, C, H, W) with zero padding."""
     batch, channels, height, width = maps.shape
-    if separable and matrices is not None:
-        return matrices[0] @ maps @ matrices[1]
+    if not isinstance(how, str):
+        return how[0] @ maps @ how[1]
+    pad = SSIM_WINDOW // 2
+    if how == "shifts":
+        rows = F.pad(maps, (0, 0, pad, pad))
+        maps = sum_of(w * rows[..., k : k + height, :] for k, w in enumerate(WINDOW))
+        columns = F.pad(maps, (pad, pad))
+        return sum_of(w * columns[..., k : k + width] for k, w in enumerate(WINDOW))
     window = gaussian_window(maps.dtype, maps.device)
     flat = maps.reshape(batch * channels, 1, height, width)
-    pad = SSIM_WINDOW // 2
-    if separable:
+    if how == "axes":
         flat = F.conv2d(flat, window.view(1, 1, -1, 1), padding=(pad, 0))
         flat = F.conv2d(flat, window.view(1, 1, 1, -1), padding=(0, pad))
     else:
@@ -82,22 +101,23 @@ def _blur(maps: Tensor, separable: bool, matrices: Blur | None) -> Tensor:
     return flat.view(batch, channels, height, width)
 
 
-def ssim_map(
-    image: Tensor, target: Tensor, separable: bool = True, matrices: Blur | None = None
-) -> Tensor:
+def sum_of(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum."""
+    return functools.reduce(torch.add, terms)
+
+
+def ssim_map(image: Tensor, target: Tensor, blur: Blur = "axes") -> Tensor:
     """SSIM per pixel and channel, (B, C, H, W).
 
     Args:
         image: (B, C, H, W) in 0..1.
         target: likewise; gradients flow to `image` only.
-        separable: apply the window per axis, which is faster and rounds less; False = one 2-D
-            convolution as published.
-        matrices: `blur_matrices` of the images, where they are to be used.
+        blur: how the window is applied.
     """
     channels = image.shape[1]
     target = target.detach()
-    of_target = _blur(torch.cat([target, target * target], dim=1), separable, matrices)
-    of_image = _blur(torch.cat([image, image * image, image * target], dim=1), separable, matrices)
+    of_target = _blur(torch.cat([target, target * target], dim=1), blur)
+    of_image = _blur(torch.cat([image, image * image, image * target], dim=1), blur)
     mu_y, yy = of_target.split(channels, dim=1)
     mu_x, xx, xy = of_image.split(channels, dim=1)
     mu_xx, mu_yy, mu_xy = mu_x * mu_x, mu_y * mu_y, mu_x * mu_y
@@ -106,9 +126,9 @@ def ssim_map(
     return luminance * contrast
 
 
-def ssim(image: Tensor, target: Tensor, separable: bool = True) -> Tensor:
+def ssim(image: Tensor, target: Tensor, blur: Blur | None = None) -> Tensor:
     """Mean SSIM over all pixels, channels and images."""
-    return ssim_map(image, target, separable, blur_matrices(image)).mean()
+    return ssim_map(image, target, fast_blur(image) if blur is None else blur).mean()
 
 
 def _safe_norm(vectors: Tensor) -> Tensor:

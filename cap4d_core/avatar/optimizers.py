@@ -18,6 +18,10 @@ from cap4d_core.avatar.schedules import scheduled_rates
 from cap4d_core.settings import FittingSettings
 
 BETAS = (0.9, 0.999)
+# Averaging over fewer steps than these stand for would leave Adam without moments.
+MIN_BETAS = (0.5, 0.9)
+# Of B in the factor of the learning rates, at the start and at the end of a fit.
+RATE_EXPONENTS = (0.5, 0.5)
 ADAM_EPS = 1e-15
 NECK_EPS = 1e-18
 SPLAT_GROUPS = ("xyz", "f_dc", "f_rest", "opacity", "scaling", "rotation")
@@ -26,12 +30,17 @@ SPLAT_GROUPS = ("xyz", "f_dc", "f_rest", "opacity", "scaling", "rotation")
 def batch_betas(batch_size: int) -> tuple[float, float]:
     """Moment decays that forget as fast per view as BETAS does at one view per step."""
     first, second = (max(1 - batch_size * (1 - beta), 0.0) for beta in BETAS)
-    # Averaging over fewer than two steps would leave Adam without a first moment.
-    return max(first, 0.5), max(second, 0.9)
+    return max(first, MIN_BETAS[0]), max(second, MIN_BETAS[1])
+
+
+def rate_factor(batch_size: int, progress: float) -> float:
+    """What B views per step multiply the learning rates with, at a share 0..1 of the fit."""
+    first, last = RATE_EXPONENTS
+    return float(batch_size ** (first + (last - first) * min(max(progress, 0.0), 1.0)))
 
 
 def splat_rates(settings: FittingSettings) -> dict[str, float]:
-    """Initial learning rates by group, before the factor sqrt(B)."""
+    """Initial learning rates by group at one view per step."""
     return {
         "xyz": settings.lr_position,
         "f_dc": settings.lr_feature,
@@ -52,16 +61,14 @@ def make_adam(
         network: deformation network.
         settings: rates and batch size.
     """
-    factor = math.sqrt(settings.views_per_step)
     rates = splat_rates(settings)
     groups: list[dict[str, object]] = [
-        {"params": [splats[name]], "lr": rates[name] * factor, "name": name}
-        for name in SPLAT_GROUPS
+        {"params": [splats[name]], "lr": rates[name], "name": name} for name in SPLAT_GROUPS
     ]
     groups.append(
         {
             "params": list(network.parameters()),
-            "lr": settings.lr_deform_net * factor,
+            "lr": settings.lr_deform_net,
             "weight_decay": settings.weight_decay_deform_net,
             "name": "deform_net",
         }
@@ -70,7 +77,7 @@ def make_adam(
         groups,
         lr=0.0,
         betas=batch_betas(settings.views_per_step),
-        eps=ADAM_EPS / factor,
+        eps=ADAM_EPS / math.sqrt(settings.views_per_step),
         fused=True,
     )
 
@@ -127,12 +134,11 @@ class RowAdam:
 def set_rates(
     iteration: int, settings: FittingSettings, adam: torch.optim.Adam, neck: RowAdam | None
 ) -> None:
-    """Sets the scheduled rates: positions, deformation network, neck. The others stay."""
-    factor = math.sqrt(settings.views_per_step)
-    rates = scheduled_rates(iteration, settings)
+    """Sets the learning rates of an iteration, see `scheduled_rates` and `rate_factor`."""
+    factor = rate_factor(settings.views_per_step, iteration / settings.iterations)
+    rates = splat_rates(settings) | scheduled_rates(iteration, settings)
     for group in adam.param_groups:
-        if group["name"] in rates:
-            group["lr"] = factor * rates[group["name"]]
+        group["lr"] = factor * rates[group["name"]]
     if neck is not None:
         neck.lr = factor * rates["neck"]
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from cap4d_core.avatar import densification, losses
-from cap4d_core.avatar.compiled import Compiler, can_compile
+from cap4d_core.avatar.compiled import Compiler
 from cap4d_core.avatar.fit_functions import (
     REGULARISERS,
     MeshFunction,
     MeshTensors,
     Recorded,
     image_terms,
+    place_splats,
     pose_on,
     regulariser_function,
     regulariser_inputs,
@@ -35,6 +36,7 @@ from cap4d_core.avatar.lpips_fast import FastLpips, TargetFeatures
 from cap4d_core.avatar.optimizers import NECK_EPS, RowAdam, batch_betas, make_adam, set_rates
 from cap4d_core.avatar.renderer import RenderOutput, render_gaussians
 from cap4d_core.avatar.schedules import is_due, loss_weights, sh_degree_at
+from cap4d_core.compiling import can_compile
 from cap4d_core.errors import UserError
 from cap4d_core.settings import FittingSettings
 
@@ -157,6 +159,7 @@ class AvatarTrainer:
         self.compiler = Compiler(wanted and not settings.parity and can_compile(device))
         mesh = MeshFunction(avatar, from_maps=self._maps is not None)
         self._mesh = Recorded(mesh, self.compiler.enabled and device.type == "cuda")
+        self._place = self.compiler.wrap(place_splats)
         self._regularisers = self.compiler.wrap(regulariser_function(settings))
         self._image_terms = self.compiler.wrap(image_terms, dynamic=False)
         self._fast_lpips: FastLpips | None = None
@@ -182,7 +185,7 @@ class AvatarTrainer:
         """The avatar in the expressions of some views."""
         if with_regularisers:
             mesh = MeshTensors(*self._mesh(*self._mesh_inputs(rows, neck)))
-            return pose_on(mesh, self.avatar.splats)
+            return pose_on(mesh, self.avatar.splats, self._place)
         if self._maps is not None:
             return self.avatar.pose_maps(self._maps.index(rows))
         return self.avatar.pose_maps(
@@ -281,9 +284,11 @@ class AvatarTrainer:
         s = self.settings
         weights = loss_weights(iteration, s, self.lpips is not None)
         lpips, kept = self._perceptual(batch) if weights.lpips > 0 else (None, [])
-        blur = losses.blur_matrices(batch.image)
+        blur: losses.Blur = "window" if s.parity else losses.fast_blur(batch.image)
+        if self.compiler.enabled:
+            blur = "shifts"
         l1, dssim, distance = self._image_terms(
-            image, batch.image, batch.mask, lpips, kept, not s.parity, blur
+            image, batch.image, batch.mask, lpips, kept, blur
         ).unbind()
         terms = dict.fromkeys(LOSS_NAMES, image.new_zeros(()))
         terms |= {"l1": weights.l1 * l1, "ssim": weights.ssim * dssim}

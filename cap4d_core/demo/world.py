@@ -48,6 +48,7 @@ __all__ = [
     "held_out_fit",
     "reference_fit",
     "view_directions",
+    "write_demo_crops",
     "write_demo_driving",
     "write_demo_head",
     "write_demo_held_out",
@@ -117,7 +118,6 @@ def write_demo_held_out(
 
     `images/%05d.png` (square crops over white), `mattes/%05d.png`, `flame/%05d.npz`. Directions are
     at least 10 degrees away from every reference of `write_demo_subject`, expressions are others.
-    Crops are rendered with the crop's own camera, not resampled.
 
     Args:
         folder: where to; created.
@@ -132,8 +132,44 @@ def write_demo_held_out(
     Returns:
         The fit of all views.
     """
-    root = Path(folder)
     fit = held_out_fit(seed, num_views, resolution)
+    write_demo_crops(
+        folder,
+        seed,
+        fit,
+        crop_size=crop_size,
+        supersample=supersample,
+        device=device,
+        callback=callback,
+    )
+    return fit
+
+
+def write_demo_crops(
+    folder: str | Path,
+    seed: int,
+    fit: Tracking,
+    *,
+    crop_size: int = 128,
+    supersample: int = 3,
+    device: str = "cpu",
+    callback: ProgressCallback | None = None,
+) -> None:
+    """Write head crops of a demo subject in the poses of a fit, as an image set with mattes.
+
+    `images/%05d.png` (over white), `mattes/%05d.png`, `flame/%05d.npz`. Crops are rendered with the
+    crop's own camera, not resampled.
+
+    Args:
+        folder: where to; created.
+        seed: subject number.
+        fit: poses, expressions and one still camera, as `reference_fit` and `held_out_fit` make.
+        crop_size: side of the pictures.
+        supersample: samples per pixel and axis.
+        device: where to render.
+        callback: progress in pictures.
+    """
+    root = Path(folder)
     renderer = SubjectRenderer(make_subject(seed), device)
     views = render_fit(renderer, fit, size=crop_size, supersample=supersample, batch=16).to("cpu")
     for i, parameters in enumerate(views.parameters()):
@@ -141,8 +177,7 @@ def write_demo_held_out(
         write_image(root / "mattes" / f"{i:05d}.png", views.matte[i].numpy())
         write_view_parameters(root / "flame" / f"{i:05d}.npz", parameters)
         if callback is not None:
-            callback(Progress(i + 1, num_views, "picture"))
-    return fit
+            callback(Progress(i + 1, fit.num_frames, "picture"))
 
 
 def write_demo_driving(

@@ -6,16 +6,13 @@ is left, so that a resumed job computes what the killed one would have.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cap4d_core.compiling import can_compile, use_compile_cache
 from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
@@ -23,8 +20,6 @@ from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.network_setup import choose_batches_per_call, choose_precision
 from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.settings import SamplingSettings
-
-logger = logging.getLogger(__name__)
 
 # Compiling takes about a minute the first time and seconds from the cache, and saves about 15 ms
 # per batch of views at the released size on the fastest GPUs, more on others.
@@ -74,13 +69,6 @@ def choose_route(
     )
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs for a device."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    generator = device.type != "cuda" or importlib.util.find_spec("triton") is not None
-    return compiler is not None and generator
-
-
 def route_denoiser(
     denoiser: MMDMDenoiser, route: DenoiserRoute, compile_cache: Path | None = None
 ) -> Denoiser:
@@ -101,27 +89,3 @@ def route_denoiser(
         return FastSamplingDenoiser(fast)
     folder = None if compile_cache is None else use_compile_cache(compile_cache)
     return FastSamplingDenoiser(fast, CompiledDenoiser(fast, folder), same_shapes=True)
-
-
-def use_compile_cache(folder: Path) -> Path | None:
-    """Keeps compiled kernels in a subfolder for this GPU and torch, unless the user set another.
-
-    Returns:
-        The folder, None if it cannot be written.
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    kind = "cpu"
-    if torch.cuda.is_available():
-        kind = "sm" + "".join(map(str, torch.cuda.get_device_capability()))
-    target = folder / f"{kind}-torch{torch.__version__}"
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        writable = os.access(target, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        logger.info("Compiled kernels are not kept: %s cannot be written.", target)
-        return None
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.resolve())
-    return target

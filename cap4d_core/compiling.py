@@ -1,0 +1,44 @@
+"""Whether torch can compile here, and where it keeps compiled kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs for a device."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    generator = device.type != "cuda" or importlib.util.find_spec("triton") is not None
+    return compiler is not None and generator
+
+
+def use_compile_cache(folder: Path) -> Path | None:
+    """Keeps compiled kernels in a subfolder for this GPU and torch, unless the user set another.
+
+    Returns:
+        The folder, None if it cannot be written.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    kind = "cpu"
+    if torch.cuda.is_available():
+        kind = "sm" + "".join(map(str, torch.cuda.get_device_capability()))
+    target = folder / f"{kind}-torch{torch.__version__}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        writable = os.access(target, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        logger.info("Compiled kernels are not kept: %s cannot be written.", target)
+        return None
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.resolve())
+    return target
