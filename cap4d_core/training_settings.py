@@ -151,6 +151,13 @@ class DenoiserTrainingSettings(OptimizerSettings):
         "none", description="min_snr: errors at little noise count less (Hang et al. 2023)."
     )
     min_snr_gamma: PositiveFloat = Field(5.0, description="Signal-to-noise ratio from which on.")
+    snr_floor: float = Field(
+        0.0,
+        ge=0.0,
+        description="min_snr: ratio below which the weight of errors of the clean views stays as "
+        "it is there, at most 100 per error of the noise. Above 0 the first steps of sampling, "
+        "where little but the references is known, are learned better.",
+    )
     sample_steps: int = Field(50, ge=1, description="Denoising steps of validation pictures.")
     sample_guidance: float = Field(2.0, ge=0.0, description="Their classifier-free guidance.")
 

@@ -42,10 +42,11 @@ from cap4d_core.diffusion.training.autoencoder_training import (
     encode_all,
     reconstruction_psnr,
 )
-from cap4d_core.diffusion.training.batches import BatchSource, DrawSettings
+from cap4d_core.diffusion.training.batches import BatchSource, DrawSettings, TrainingBatch
 from cap4d_core.diffusion.training.demo_frames import TEXTURE_SIZE, DemoFrames
 from cap4d_core.diffusion.training.denoiser_pass import (
     DenoiserPass,
+    Draws,
     denoiser_loss,
     initialise,
 )
@@ -67,6 +68,8 @@ logger = logging.getLogger("train_demo_weights")
 # Subjects per file of prepared frames, and those there must be before the autoencoder starts.
 PART = 256
 FIRST_SUBJECTS = 48
+# Files of prepared frames that the denoiser starts with.
+FIRST_PARTS = 2
 # Largest file that --out may hold.
 FILE_BYTES = 15 * 2**20
 
@@ -81,15 +84,26 @@ class Run:
         self.end = self.started + arguments.seconds
         self.is_last = arguments.last
         self.seconds: dict[str, float] = recipe["seconds"]
-        if arguments.denoiser_seconds:
-            self.seconds["denoiser"] = arguments.denoiser_seconds
+        data, denoiser = recipe["training"]["data"], recipe["training"]["denoiser"]
+        for section, key, value in (
+            (self.seconds, "denoiser", arguments.denoiser_seconds),
+            (self.seconds, "data", arguments.data_seconds),
+            (data, "demo_first_seed", arguments.first_seed),
+            (data, "demo_subjects", arguments.subjects),
+            (data, "processes", arguments.processes),
+            (denoiser, "batch_size", arguments.batch_size),
+            (denoiser, "learning_rate", arguments.learning_rate),
+            (denoiser, "snr_floor", arguments.snr_floor),
+        ):
+            if value is not None:
+                section[key] = value
         self.evaluation: dict[str, Any] = recipe["evaluation"]
         self.settings = TrainingSettings.model_validate(recipe["training"])
         assert self.settings.data is not None
         self.data = self.settings.data
         self.config = MMDMConfig.from_dict(self.settings.model)
         self.state, self.out = Path(arguments.state), Path(arguments.out)
-        self.warm = Path(arguments.warm_start) if arguments.warm_start else None
+        self.warm = WarmStart(Path(arguments.warm_start)) if arguments.warm_start else None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         is_cuda = self.device.type == "cuda"
         if is_cuda:
@@ -125,6 +139,47 @@ class Run:
         """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+class WarmStart:
+    """Weights to go on from: what an earlier call left in --out, or a finished model folder.
+
+    Args:
+        folder: with denoiser*.safetensors, autoencoder.safetensors and either metrics.json or
+            config.json, provenance.json and history.json.
+
+    Raises:
+        SystemExit: files are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.denoiser: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("denoiser*.safetensors")):
+            self.denoiser |= read_safetensors(file)[0]
+        autoencoder = folder / "autoencoder.safetensors"
+        if not self.denoiser or not autoencoder.is_file():
+            raise SystemExit(f"{folder}: no denoiser*.safetensors with an autoencoder.safetensors.")
+        self.autoencoder, metadata = read_safetensors(autoencoder)
+        if (folder / "metrics.json").is_file():
+            self.metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+            self.history = self.metrics.pop("history")
+            self.scaling_factor = float(metadata["scaling_factor"])
+        else:
+            self.metrics = json.loads((folder / "provenance.json").read_text("utf-8"))["training"]
+            self.history = json.loads((folder / "history.json").read_text("utf-8"))
+            config = json.loads((folder / "config.json").read_text("utf-8"))["model"]
+            self.scaling_factor = float(config["autoencoder"]["scaling_factor"])
+
+    @property
+    def earlier(self) -> list[dict[str, Any]]:
+        """What the runs before this one were: commands differ in people, rates and lengths."""
+        names = ("people", "pictures", "denoiser_steps", "denoiser_seconds", "evaluation", "device")
+        last = {name: self.metrics[name] for name in names if name in self.metrics}
+        last |= {
+            "demo_first_seed": self.metrics["recipe"]["data"]["demo_first_seed"],
+            "denoiser": self.metrics["recipe"]["denoiser"],
+        }
+        return [*self.metrics.get("earlier", []), last]
 
 
 # People ------------------------------------------------------------------------------------------
@@ -241,10 +296,6 @@ class People:
             writer.join()
         self.writers = []
 
-    def table(self) -> FrameTable:
-        """All frames."""
-        return FrameTable.cat(self.parts)
-
     def pictures(self) -> Tensor:
         """(N, 3, H, W) pictures so far."""
         return self.images[: self.filled]
@@ -260,18 +311,11 @@ def fingerprint(run: Run, part: str) -> str:
 def train_autoencoder(run: Run, people: People) -> Autoencoder:
     """The trained autoencoder (averaged weights), with its scaling factor."""
     final = run.state / "autoencoder.safetensors"
-    warm = None if run.warm is None else run.warm / "autoencoder.safetensors"
-    for file in (final, warm):
-        if file is None or not file.is_file():
-            continue
-        tensors, metadata = read_safetensors(file)
-        factor = float(metadata["scaling_factor"])
-        config = run.config.autoencoder.model_copy(update={"scaling_factor": factor})
-        autoencoder = Autoencoder(config).to(run.device, memory_format=torch.channels_last)
-        autoencoder.vae.load_state_dict({k: t.float() for k, t in tensors.items()})
-        while not people.done:
-            people.take()
-        return autoencoder.eval().requires_grad_(False)
+    if run.warm is not None:
+        return given_autoencoder(run, run.warm.autoencoder, run.warm.scaling_factor)
+    if final.is_file():
+        tensors, metadata = read_safetensors(final)
+        return given_autoencoder(run, tensors, float(metadata["scaling_factor"]))
 
     settings = run.settings.autoencoder
     torch.manual_seed(run.settings.seed)
@@ -316,26 +360,67 @@ def train_autoencoder(run: Run, people: People) -> Autoencoder:
     return plain
 
 
-def denoiser_trainer(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer:
+def given_autoencoder(run: Run, tensors: dict[str, Tensor], factor: float) -> Autoencoder:
+    """A trained autoencoder on the device of the run."""
+    config = run.config.autoencoder.model_copy(update={"scaling_factor": factor})
+    autoencoder = Autoencoder(config).to(run.device, memory_format=torch.channels_last)
+    autoencoder.vae.load_state_dict({k: t.float() for k, t in tensors.items()})
+    return autoencoder.eval().requires_grad_(False)
+
+
+class GrowingSource:
+    """Batches from the people so far; asked at every batch, so that their number may grow.
+
+    Args:
+        run: the run.
+        people: whose files of frames are taken up as they are completed.
+        config: with the scaling factor of the autoencoder.
+        autoencoder: encodes the pictures.
+    """
+
+    def __init__(
+        self, run: Run, people: People, config: MMDMConfig, autoencoder: Autoencoder
+    ) -> None:
+        self.run, self.people, self.config = run, people, config
+        self.autoencoder = autoencoder
+        self.encoded: list[FrameTable] = []
+        self.source: BatchSource | None = None
+
+    def draw(self, number: int, batch_size: int) -> TrainingBatch:
+        """Batch `number`."""
+        if self.source is None or len(self.people.parts) > len(self.encoded):
+            for part in self.people.parts[len(self.encoded) :]:
+                assert part.images is not None
+                means, stds = encode_all(self.autoencoder, part.images)
+                self.encoded.append(replace(part, images=None, means=means, stds=stds))
+            self.source = batch_source(self.run, FrameTable.cat(self.encoded), self.config)
+        return self.source.draw(number, batch_size)
+
+
+def batch_source(run: Run, table: FrameTable, config: MMDMConfig) -> BatchSource:
+    """Batches from a finished table."""
+    settings = run.settings.denoiser
+    draws = DrawSettings(
+        settings.reference_weights,
+        settings.dropout,
+        settings.frontal_first,
+        settings.turned_cameras,
+    )
+    return BatchSource(table, config, draws, run.settings.seed)
+
+
+def denoiser_trainer(run: Run, source: Draws, config: MMDMConfig) -> Trainer:
     """A fresh trainer of the denoiser."""
     settings = run.settings.denoiser
     torch.manual_seed(run.settings.seed)
     denoiser = MMDMDenoiser(config)
     initialise(denoiser)
     denoiser = denoiser.to(run.device, memory_format=torch.channels_last)
-    source = BatchSource(
-        table,
-        config,
-        DrawSettings(
-            settings.reference_weights,
-            settings.dropout,
-            settings.frontal_first,
-            settings.turned_cameras,
-        ),
-        run.settings.seed,
-    )
     objective = DenoisingLoss(
-        NoiseSchedule(config.schedule), settings.loss_weighting, settings.min_snr_gamma
+        NoiseSchedule(config.schedule),
+        settings.loss_weighting,
+        settings.min_snr_gamma,
+        settings.snr_floor,
     ).to(run.device)
     return Trainer(
         "denoiser",
@@ -351,20 +436,27 @@ def denoiser_trainer(run: Run, table: FrameTable, config: MMDMConfig) -> Trainer
 
 
 def train_denoiser(
-    run: Run, table: FrameTable, config: MMDMConfig, autoencoder: Autoencoder
+    run: Run, people: People, config: MMDMConfig, autoencoder: Autoencoder
 ) -> Trainer:
     """The trainer after this call's share of the training."""
-    trainer = denoiser_trainer(run, table, config)
+    while not people.done and len(people.parts) < FIRST_PARTS:
+        people.take()
+    trainer = denoiser_trainer(run, GrowingSource(run, people, config, autoencoder), config)
     if not trainer.resume() and run.warm is not None:
         warm_start(run.warm, trainer)
     if run.is_last:
         left = max(run.deadline - time.monotonic(), 1.0)
         trainer.pace.total_seconds = trainer.pace.elapsed + left
-    run.mark("latents")
-    trainer.run(
-        sample=lambda step: write_results(run, trainer, autoencoder),
-        sample_every=run.settings.denoiser.sample_every,
-    )
+    run.mark("first people")
+    while True:
+        trainer.run(
+            sample=lambda step: write_results(run, trainer, autoencoder),
+            sample_every=run.settings.denoiser.sample_every,
+            is_interrupted=lambda: people.is_ready,
+        )
+        if trainer.pace.is_slice_over:
+            break
+        people.take()
     run.sync()
     run.mark(f"denoiser at step {trainer.pace.step}, {100 * trainer.pace.progress:.0f} %")
     return trainer
@@ -386,27 +478,22 @@ def prepare_kernels(run: Run) -> None:
         means=torch.zeros(n, channels, size, size, device=device).half(),
         stds=torch.zeros(n, channels, size, size, device=device).half(),
     )
-    trainer = denoiser_trainer(run, table, config)
+    trainer = denoiser_trainer(run, batch_source(run, table, config), config)
     for _ in range(2):
         trainer.step()
     run.sync()
     run.mark("kernels of the denoiser (other process)")
 
 
-def warm_start(folder: Path, trainer: Trainer) -> None:
-    """Goes on from averaged weights alone."""
-    state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("denoiser_*.safetensors")):
-        state |= read_safetensors(file)[0]
-    if not state:
-        return
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    state = {f"denoiser.{name}": tensor.float() for name, tensor in state.items()}
+def warm_start(warm: WarmStart, trainer: Trainer) -> None:
+    """Goes on from averaged weights alone, with a warm-up and a decay of its own."""
+    state = {f"denoiser.{name}": tensor.float() for name, tensor in warm.denoiser.items()}
     trainer.module.load_state_dict(state)
     trainer.average.load(state, 10_000)
-    trainer.pace.step = metrics["denoiser_steps"]
-    trainer.pace.seconds = metrics["denoiser_seconds"]
-    logger.info("denoiser: averaged weights of step %d taken over.", trainer.pace.step)
+    pace = trainer.pace
+    pace.step = pace.first_step = warm.metrics["denoiser_steps"]
+    pace.seconds = pace.first_seconds = warm.metrics["denoiser_seconds"]
+    logger.info("denoiser: averaged weights of step %d taken over.", pace.step)
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -517,11 +604,9 @@ def write_results(run: Run, trainer: Trainer | None, autoencoder: Autoencoder) -
 
 
 def write_metrics(run: Run, trainer: Trainer | None, results: dict[str, Any]) -> None:
-    history = (
-        [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
-        if run.metrics.is_file()
-        else []
-    )
+    history = run.warm.history.copy() if run.warm is not None else []
+    if run.metrics.is_file():
+        history += [json.loads(line) for line in run.metrics.read_text("utf-8").splitlines()]
     every = max(1, len(history) // 600)
     content = {
         "model": run.config.to_dict(),
@@ -532,6 +617,8 @@ def write_metrics(run: Run, trainer: Trainer | None, results: dict[str, Any]) ->
         **results,
         "history": history[::every],
     }
+    if run.warm is not None:
+        content["earlier"] = run.warm.earlier
     if trainer is not None:
         content |= {
             "denoiser_steps": trainer.pace.step,
@@ -593,8 +680,9 @@ def work(run: Run) -> None:
         subprocess.Popen([sys.executable, *sys.argv, "--prepare-kernels"])
     try:
         autoencoder = train_autoencoder(run, people)
-    finally:
+    except BaseException:
         people.stop()
+        raise
     results: dict[str, Any] = {"people": people.num_subjects, "pictures": people.filled}
     write_results(run, None, autoencoder)
     count = run.evaluation["subjects"]
@@ -605,18 +693,22 @@ def work(run: Run) -> None:
     run.config = run.config.model_copy(update={"autoencoder": autoencoder.config})
     is_ready = (run.state / "autoencoder.safetensors").is_file() or run.warm is not None
     if not is_ready or time.monotonic() > run.deadline - 5:
+        people.stop()
         write_metrics(run, None, results)
         logger.info("stopped before the denoiser; call again to go on.")
         return
-    means, stds = encode_all(autoencoder, people.pictures())
-    table = replace(people.table(), images=None, means=means, stds=stds)
-    trainer = train_denoiser(run, table, run.config, autoencoder)
+    try:
+        trainer = train_denoiser(run, people, run.config, autoencoder)
+    finally:
+        people.stop()
+    results |= {"people": people.num_subjects, "pictures": people.filled}
     write_results(run, trainer, autoencoder)
     write_metrics(run, trainer, results)
     run.mark("results")
     denoiser = trainer.module.denoiser
     assert isinstance(denoiser, MMDMDenoiser)
-    plan = [(1, g) for g in run.evaluation["guidance"]] + [(4, run.evaluation["guidance"][0])]
+    first, *others = run.evaluation["guidance"]
+    plan = [(1, first), (4, first), *((1, g) for g in others)]
     results["evaluation"] = []
     slowest = 0.0
     with trainer.averaged():
@@ -646,7 +738,16 @@ def main() -> None:
     parser.add_argument("--reserve", type=float, default=60, help="of it, for the evaluation")
     parser.add_argument("--denoiser-seconds", type=float, help="over all calls; else the recipe's")
     parser.add_argument("--last", action="store_true", help="the rate ends at zero in this call")
-    parser.add_argument("--warm-start", help="folder that an earlier call left in --out")
+    parser.add_argument(
+        "--warm-start", help="go on from weights: what a call left in --out, or a model folder"
+    )
+    parser.add_argument("--data-seconds", type=float, help="making people; else the recipe's")
+    parser.add_argument("--first-seed", type=int, help="number of the first person")
+    parser.add_argument("--subjects", type=int, help="most people")
+    parser.add_argument("--processes", type=int, help="that make people")
+    parser.add_argument("--batch-size", type=int, help="of the denoiser")
+    parser.add_argument("--learning-rate", type=float, help="of the denoiser")
+    parser.add_argument("--snr-floor", type=float, help="of the denoiser")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--prepare-kernels", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--assemble", nargs=2, metavar=("OUT", "WEIGHTS"))

@@ -216,6 +216,18 @@ def test_min_snr_weights() -> None:
     assert weights.min() < 0.1
 
 
+def test_weights_below_the_floor() -> None:
+    """Errors of the clean views count alike below the floor, up to a largest weight."""
+    schedule = NoiseSchedule(TINY.schedule)
+    snr = schedule.alphas_cumprod_f64 / (1 - schedule.alphas_cumprod_f64)
+    weights = DenoisingLoss(schedule, "min_snr", 5.0, 0.25).weights.numpy()
+    low = (snr < 0.25) & (snr > 0.0026)
+    np.testing.assert_allclose((weights * snr)[low], 0.25, rtol=1e-5)
+    np.testing.assert_allclose(weights[snr < 0.0024], 100.0)
+    plain = DenoisingLoss(schedule, "min_snr", 5.0).weights.numpy()
+    np.testing.assert_array_equal(weights[snr > 0.26], plain[snr > 0.26])
+
+
 def test_noise_follows_the_schedule() -> None:
     schedule = NoiseSchedule(TINY.schedule)
     batch = source().draw(0, 8)

@@ -148,7 +148,10 @@ def _trainer(
 ) -> Trainer:
     settings = spec.settings.denoiser
     objective = DenoisingLoss(
-        NoiseSchedule(denoiser.config.schedule), settings.loss_weighting, settings.min_snr_gamma
+        NoiseSchedule(denoiser.config.schedule),
+        settings.loss_weighting,
+        settings.min_snr_gamma,
+        settings.snr_floor,
     ).to(machine.device)
     return Trainer(
         PHASE,

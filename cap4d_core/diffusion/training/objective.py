@@ -15,6 +15,10 @@ from cap4d_core.diffusion.training.batches import TrainingBatch
 Denoise = Callable[[Tensor, Tensor, FrameConditioning], Tensor]
 
 
+# Nearly pure noise says nothing about its picture: without a bound its errors would drown the rest.
+LARGEST_WEIGHT = 100.0
+
+
 class DenoisingLoss(nn.Module):
     """Noises a batch and measures how well the noise is found.
 
@@ -23,6 +27,8 @@ class DenoisingLoss(nn.Module):
         weighting: 'none', or 'min_snr': weights min(snr, gamma) / snr, which level the errors that
             the same error of the clean latents causes (Hang et al. 2023, for noise prediction).
         gamma: see above.
+        floor: min_snr: the ratio in the weights is at least this, weights stay below
+            `LARGEST_WEIGHT`.
     """
 
     signal: Tensor
@@ -34,12 +40,15 @@ class DenoisingLoss(nn.Module):
         schedule: NoiseSchedule,
         weighting: Literal["none", "min_snr"] = "none",
         gamma: float = 5.0,
+        floor: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_buffer("signal", torch.from_numpy(schedule.sqrt_alphas_cumprod))
         self.register_buffer("noise", torch.from_numpy(schedule.sqrt_one_minus_alphas_cumprod))
         snr = torch.from_numpy(schedule.alphas_cumprod_f64 / (1.0 - schedule.alphas_cumprod_f64))
-        weights = snr.clamp(max=gamma) / snr if weighting == "min_snr" else torch.ones_like(snr)
+        weights = torch.ones_like(snr)
+        if weighting == "min_snr":
+            weights = (snr.clamp(floor, gamma) / snr).clamp(max=LARGEST_WEIGHT)
         self.register_buffer("weights", weights.float())
 
     def noised(self, batch: TrainingBatch) -> Tensor:

@@ -22,6 +22,9 @@ class Pace:
         deadline: `time.monotonic()` at which this process stops; None = at the end.
         step: steps made.
         seconds: training time so far, while the clock stood still last.
+        first_step: where the present schedule of the rate began; above 0 when a finished run is
+            taken further.
+        first_seconds: the training time there.
     """
 
     settings: OptimizerSettings
@@ -29,6 +32,8 @@ class Pace:
     deadline: float | None = None
     step: int = 0
     seconds: float = 0.0
+    first_step: int = 0
+    first_seconds: float = 0.0
     _running_since: float | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -50,8 +55,10 @@ class Pace:
     def progress(self) -> float:
         """0 at the start, 1 at the end."""
         if self.total_seconds is not None:
-            return min(self.elapsed / self.total_seconds, 1.0)
-        return min(self.step / self.settings.steps, 1.0)
+            first, last, now = self.first_seconds, self.total_seconds, self.elapsed
+        else:
+            first, last, now = self.first_step, self.settings.steps, self.step
+        return min((now - first) / max(last - first, 1e-9), 1.0)
 
     @property
     def is_done(self) -> bool:
@@ -66,7 +73,8 @@ class Pace:
     def learning_rate(self) -> float:
         """Rate of the step about to be made."""
         settings = self.settings
-        warmup = min((self.step + 1) / max(settings.warmup_steps, 1), 1.0)
+        made = self.step - self.first_step
+        warmup = min((made + 1) / max(settings.warmup_steps, 1), 1.0)
         cosine = 0.5 * (1.0 + math.cos(math.pi * self.progress))
         share = settings.final_rate + (1.0 - settings.final_rate) * cosine
         return settings.learning_rate * warmup * share

@@ -122,6 +122,8 @@ class Trainer:
                     "fingerprint": self.fingerprint,
                     "step": self.pace.step,
                     "seconds": self.pace.elapsed,
+                    "first_step": self.pace.first_step,
+                    "first_seconds": self.pace.first_seconds,
                     "module": self.module.state_dict(),
                     "average": self.average.state(),
                     "updates": self.average.updates,
@@ -160,7 +162,8 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load(state["average"], state["updates"])
-        self.pace.step, self.pace.seconds = state["step"], state["seconds"]
+        for name in ("step", "seconds", "first_step", "first_seconds"):
+            setattr(self.pace, name, state[name])
         logger.info("%s: resumed at step %d.", self.name, self.pace.step)
         return True
 

@@ -187,7 +187,10 @@ class Validation:
             settings.reference_weights, 0.0, settings.frontal_first, settings.turned_cameras
         )
         objective = DenoisingLoss(
-            self.schedule, settings.loss_weighting, settings.min_snr_gamma
+            self.schedule,
+            settings.loss_weighting,
+            settings.min_snr_gamma,
+            settings.snr_floor,
         ).to(self.machine.device)
         of_batch = denoiser_loss(
             BatchSource(table, config, draws, seed=0, rank=-1),
