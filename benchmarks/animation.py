@@ -1,11 +1,12 @@
 """Time of an animation: posing, rendering, H.264 video, PLY export.
 
-    python benchmarks/animation.py HEAD FIT [--frames 384] [--size 512] [--preset default]
+    python -m benchmarks.animation [HEAD FIT] [--frames 384] [--size 512] [--preset default]
         [--json FILE]
 
-HEAD is a folder written by prepare_head_model, FIT a fit.npz, whose frames are repeated. The avatar
-is a fresh one of the preset's size: colours do not change the time, but a video of a grey head is
-easier to encode, so its splats get random colours and moderate opacity.
+HEAD is a folder written by prepare_head_model, FIT a fit.npz, whose frames are repeated; without
+them, the head and the motion of the demo world. The avatar is a fresh one of the preset's size:
+colours do not change the time, but a video of a grey head is easier to encode, so its splats get
+random colours and moderate opacity.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.demo_data import demo_driving, demo_head
 from cap4d_core.animation.driver import animate, render_batches
 from cap4d_core.animation.trajectories import drive_with
 from cap4d_core.avatar.gaussians import GaussianAvatar
@@ -28,16 +30,22 @@ from cap4d_core.files.tracking import Tracking, read_fit
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import PRESETS, AnimationSettings, FittingSettings
 
+DEMO_FRAMES = 96
+
 
 def main() -> None:
     arguments = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    tracking = long_tracking(read_fit(arguments.fit), arguments.frames)
     settings = AnimationSettings(resolution=arguments.size)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        avatar = make_avatar(arguments, device, Path(folder) / "avatar")
+        head_folder, fit = arguments.inputs or (
+            demo_head(Path(folder)),
+            demo_driving(Path(folder) / "driving", DEMO_FRAMES),
+        )
+        tracking = long_tracking(read_fit(fit), arguments.frames)
+        avatar = make_avatar(arguments, head_folder, device, Path(folder) / "avatar")
         head = avatar.head
         for repeat in ("first", "second"):
             variants = {
@@ -65,19 +73,23 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("head", type=Path)
-    parser.add_argument("fit", type=Path)
+    parser.add_argument("inputs", type=Path, nargs="*", metavar="HEAD FIT")
     parser.add_argument("--frames", type=int, default=384)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--preset", default="default", choices=sorted(PRESETS))
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if len(arguments.inputs) not in (0, 2):
+        parser.error("give HEAD and FIT, or neither")
+    return arguments
 
 
-def make_avatar(arguments: argparse.Namespace, device: str, folder: Path) -> GaussianAvatar:
+def make_avatar(
+    arguments: argparse.Namespace, head_folder: Path, device: str, folder: Path
+) -> GaussianAvatar:
     """Saved and loaded again, as the stage does; prints how long loading takes."""
     settings = FittingSettings(**PRESETS[arguments.preset].get("fitting", {}))
-    head = HeadModel.load(arguments.head, lower_jaw=True).to(device)
+    head = HeadModel.load(head_folder, lower_jaw=True).to(device)
     avatar = GaussianAvatar.create(head, torch.zeros(150), settings)
     with torch.no_grad():
         avatar.splats.f_dc.normal_(0, 1)
@@ -86,7 +98,7 @@ def make_avatar(arguments: argparse.Namespace, device: str, folder: Path) -> Gau
     avatar.save(folder)
     started = time.perf_counter()
     loaded = GaussianAvatar.load(
-        folder, HeadModel.load(arguments.head, lower_jaw=True), torch.device(device)
+        folder, HeadModel.load(head_folder, lower_jaw=True), torch.device(device)
     )
     synchronise(device)
     print(f"        loading        {time.perf_counter() - started:7.2f} s", flush=True)

@@ -1,6 +1,6 @@
 """Quality of the avatar fit by views per step, after the same number of training views.
 
-    python benchmarks/fit_quality.py [--subjects 24 25 26] [--size 128] [--references 64]
+    python -m benchmarks.fit_quality [--subjects 24 25 26] [--size 128] [--references 64]
         [--views 20000] [--preset low] [--runs parity 1 8] [--set lr_position=0.01 ...]
         [--lpips WEIGHTS] [--jobs 1] [--seconds 0] [--json FILE] [--pictures FOLDER]
 
@@ -26,19 +26,13 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.demo_data import demo_head, demo_views
 from cap4d_core.avatar.fit_report import evaluate_views, write_preview
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import Split, load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.training import AvatarTrainer, ViewOrder
-from cap4d_core.demo.world import (
-    held_out_fit,
-    reference_fit,
-    write_demo_crops,
-    write_demo_head,
-)
 from cap4d_core.files.image_set import read_image_set
-from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import PRESETS, FittingSettings
 
@@ -48,9 +42,6 @@ SCHEDULES = (
     "opacity_reset_interval", "lpips_start", "lpips_end",
 )  # fmt: skip
 SCORES = ("psnr_subject", "psnr", "ssim", "lpips")
-NUM_HELD_OUT = 16
-# Of the uncropped photos; nothing but the rounding of crop boxes depends on it.
-PHOTO_SIZE = 512
 
 
 def main() -> None:
@@ -97,16 +88,10 @@ def parse_arguments() -> argparse.Namespace:
 def write_data(arguments: argparse.Namespace, subject: int | None, folder: Path) -> None:
     """A person's pictures, or (None) the head model."""
     if subject is None:
-        prepare_head_model(write_demo_head(folder / "assets"), None, folder / "head")
+        demo_head(folder)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, fit in (
-        ("train", reference_fit(subject, arguments.references, PHOTO_SIZE)),
-        ("held_out", held_out_fit(subject, NUM_HELD_OUT, PHOTO_SIZE)),
-    ):
-        write_demo_crops(
-            folder / str(subject) / name, subject, fit, crop_size=arguments.size, device=device
-        )
+    demo_views(folder / str(subject), subject, arguments.size, arguments.references, device)
 
 
 def settings_of(arguments: argparse.Namespace, run: str, seed: int) -> FittingSettings:

@@ -1,12 +1,14 @@
 """Speed of the avatar fit: steps and views per second, and where the time of a step goes.
 
-    python benchmarks/fitting.py HEAD IMAGE_SET [--preset default] [--batch 1 4 8] [--size 512]
+    python -m benchmarks.fitting [HEAD IMAGE_SET] [--preset default] [--batch 1 4 8] [--size 512]
         [--uv 128] [--splats 100000] [--steps 100] [--lpips] [--compile auto|on|off]
-        [--views 840] [--memory-gb 24] [--profile] [--json FILE]
+        [--renderers auto] [--views 840] [--memory-gb 24] [--profile] [--json FILE]
 
-HEAD is a folder written by prepare_head_model. The views of IMAGE_SET are resampled to `--size` and
-repeated up to `--views`; `--lpips` adds the perceptual loss with random weights (same cost as real
-ones); `--memory-gb` forbids to use more memory than such a card has.
+HEAD is a folder written by prepare_head_model; without it, people of the demo world are fitted. The
+views of IMAGE_SET are resampled to `--size` and repeated up to `--views`; `--lpips` adds the
+perceptual loss with random weights (same cost as real ones); `--memory-gb` forbids to use more
+memory than such a card has; `--renderers cpu torch` compares the built-in renderer with
+plain torch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.demo_data import demo_head, demo_views
 from cap4d_core.avatar import lpips_fast
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import ImageData, load_image_data
@@ -30,6 +34,7 @@ from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import PRESETS, FittingSettings
 
+DEMO_SUBJECT, DEMO_SIZE, DEMO_VIEWS = 24, 128, 32
 PROFILED_STEPS = 5
 PROFILE_ROWS = 40
 
@@ -43,20 +48,25 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gb * 1e9 / total)
         # The driver reports what the whole card has free.
         lpips_fast.MEMORY_SHARE *= arguments.memory_gb * 1e9 / total
-    head = HeadModel.load(arguments.head, lower_jaw=True).to(device)
-    data = resampled(load_image_data([arguments.image_set]), arguments.size)
-    data = repeated(data, arguments.views).to(device)
-    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{machine}, {len(data)} views of {arguments.size} px, preset {arguments.preset}")
-    rows = [measure(arguments, head, data, batch) for batch in arguments.batch]
+    with tempfile.TemporaryDirectory() as folder:
+        head_folder, image_set = arguments.inputs or demo_inputs(Path(folder), device)
+        head = HeadModel.load(head_folder, lower_jaw=True).to(device)
+        data = resampled(load_image_data([image_set]), arguments.size)
+        data = repeated(data, arguments.views).to(device)
+        machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        print(f"{machine}, {len(data)} views of {arguments.size} px, preset {arguments.preset}")
+        rows = [
+            measure(arguments, head, data, batch, renderer)
+            for batch in arguments.batch
+            for renderer in arguments.renderers
+        ]
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("head", type=Path)
-    parser.add_argument("image_set", type=Path)
+    parser.add_argument("inputs", type=Path, nargs="*", metavar="HEAD IMAGE_SET")
     parser.add_argument("--preset", default="default", choices=sorted(PRESETS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--size", type=int, default=512)
@@ -65,11 +75,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--views", type=int, default=0, help="at least so many training views")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--renderers", nargs="+", default=["auto"], metavar="NAME")
     parser.add_argument("--lpips", action="store_true")
     parser.add_argument("--memory-gb", type=float)
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if len(arguments.inputs) not in (0, 2):
+        parser.error("give HEAD and IMAGE_SET, or neither")
+    return arguments
+
+
+def demo_inputs(folder: Path, device: str) -> tuple[Path, Path]:
+    """Head model and pictures of a demo person."""
+    return demo_head(folder), demo_views(folder, DEMO_SUBJECT, DEMO_SIZE, DEMO_VIEWS, device)[0]
 
 
 def resampled(data: ImageData, size: int) -> ImageData:
@@ -113,12 +132,12 @@ def random_lpips(device: torch.device) -> Lpips:
 
 
 def make_trainer(
-    arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int
+    arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int, renderer: str
 ) -> AvatarTrainer:
     """A trainer in the middle of a fit: all terms active, no density control."""
     values: dict[str, Any] = dict(PRESETS[arguments.preset].get("fitting", {}))
     values |= {"batch_size": batch, "densify_until": 0, "lpips_start": 0, "lpips_end": 1}
-    values |= {"sh_warmup": 1, "compile": arguments.compile}
+    values |= {"sh_warmup": 1, "compile": arguments.compile, "renderer": renderer}
     if arguments.uv:
         values["uv_resolution"] = arguments.uv
     if arguments.splats:
@@ -130,13 +149,13 @@ def make_trainer(
 
 
 def measure(
-    arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int
+    arguments: argparse.Namespace, head: HeadModel, data: ImageData, batch: int, renderer: str
 ) -> dict[str, Any]:
     """Times steps."""
     device = head.template.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = make_trainer(arguments, head, data, batch)
+    trainer = make_trainer(arguments, head, data, batch, renderer)
     started = time.perf_counter()
     warm_up = max(min(20, arguments.steps), 2)
     trainer.step(batch)
@@ -153,6 +172,7 @@ def measure(
     seconds = time.perf_counter() - started
     row = {
         "batch": batch,
+        "renderer": renderer,
         "splats": len(trainer.avatar.splats),
         "steps_per_s": round(arguments.steps / seconds, 2),
         "views_per_s": round(arguments.steps * batch / seconds, 2),
