@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from cap4d_core.files.images import to_uint8, write_image
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.progress import Progress
 from cap4d_core.settings import FittingSettings
+from tests.core.killable import KillableJob
 from tests.core.synthetic_head import head_folder
 
 DATASET = Path(__file__).parents[1] / "goldens" / "avatar" / "E_dataset"
@@ -76,6 +80,32 @@ def test_killed_and_resumed_gives_the_same_bits(head: HeadModel, tmp_path: Path)
     assert expected.keys() == have.keys()
     assert all(torch.equal(expected[name], have[name]) for name in expected)
     assert not (tmp_path / "killed" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(head: HeadModel, tmp_path: Path) -> None:
+    """SIGKILL of the process, also while it writes; fits of the same length end the same."""
+    settings = TINY.model_copy(update={"checkpoint_every_s": 1e-9})
+    output = tmp_path / "avatar"
+    arguments = [head.folder, output, settings.model_dump_json(), *SETS]
+    job = KillableJob("tests.core.killable_fit", arguments)
+    moments = random.Random(1)
+    try:
+        assert job.run(None)[-1] == "end 0"
+        straight = GaussianAvatar.load(output, head)
+        shutil.rmtree(output)
+        killed = 0
+        for _ in range(3):
+            lines = job.run(1, moments.random() * 0.1)
+            killed += lines[-1] == f"end {-signal.SIGKILL}"
+            assert not (output / "avatar.json").exists()
+        assert killed == 3
+        lines = job.run(None)
+        assert lines[-1] == "end 0" and lines[0] != "step 1"
+    finally:
+        job.close()
+    expected, have = parameters(straight), parameters(GaussianAvatar.load(output, head))
+    assert all(torch.equal(expected[name], have[name]) for name in expected)
 
 
 def test_outputs(head: HeadModel, tmp_path: Path) -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +24,7 @@ from cap4d_core.diffusion.sampling import read_shard, sample_views
 from cap4d_core.diffusion.view_plan import plan_views
 from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.settings import SamplingSettings
+from tests.core.killable import KillableJob
 from tests.core.sampling_fixtures import tiny_settings, world
 from tests.core.test_sampler import NOISE, REFERENCES, SCHEDULE, VIEWS, mixing_denoiser
 
@@ -212,40 +208,12 @@ def test_checkpoint_of_other_inputs_is_not_used(
     assert SamplingCheckpoint(path, "a", 5).load(0, 10, (2, 4, 8, 8)) is None
 
 
-class KillableJob:
-    """A process that runs the same shard again and again, each time in a child of its own."""
-
-    def __init__(self, run: Run, output: Path) -> None:
-        w = world()
-        inputs = [run.plan, run.latents, w.mmdm, w.head_model, output]
-        arguments = [*map(str, inputs), run.settings.model_dump_json(), *map(str, run.files(0))]
-        command = [sys.executable, "-m", "tests.core.killable_sampling", *arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            cwd=Path(__file__).parents[2],
-            # Bits depend on the number of threads.
-            env=os.environ | {"CAP4D_TEST_THREADS": str(torch.get_num_threads())},
-        )  # fmt: skip
-
-    def run(self, kill_after_steps: int | None, delay_s: float = 0.0) -> list[str]:
-        """Lines that a child wrote; it is killed so long after that many steps."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("start\n")
-        self.process.stdin.flush()
-        pid = int(self.process.stdout.readline().split()[1])
-        lines: list[str] = []
-        while not (line := self.process.stdout.readline().strip()).startswith("end"):
-            lines.append(line)
-            if line.startswith("step") and len(lines) - 1 == kill_after_steps:
-                time.sleep(delay_s)
-                with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-                    os.kill(pid, signal.SIGKILL)
-        return [*lines, line]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
+def killable_job(run: Run, output: Path) -> KillableJob:
+    """Shard 0 of round 1."""
+    w = world()
+    inputs = [run.plan, run.latents, w.mmdm, w.head_model, output]
+    arguments = [*inputs, run.settings.model_dump_json(), *run.files(0)]
+    return KillableJob("tests.core.killable_sampling", arguments)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
@@ -255,7 +223,7 @@ def test_killed_and_resumed_job_gives_the_same_bits(
     expected, expected_ids, _ = read_shard(finished.files(1)[0])
     output = tmp_path / "shard.safetensors"
     moments = random.Random(kills)
-    job = KillableJob(finished, output)
+    job = killable_job(finished, output)
     try:
         killed = 0
         for _ in range(kills):
