@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection
+from typing import Any
 
 from cap4d_core.subjects import RESERVED_NAMES
 
@@ -19,14 +20,68 @@ NAME = r"[a-z0-9][a-z0-9_-]*"
 
 
 def speed_up_planning() -> None:
-    """Saves about a quarter of the time of a large plan; changes nothing else."""
+    """Makes Snakemake plan large runs in two thirds of the time; the plan stays the same.
+
+    It asks the same questions for every job and edge of the plan: the answers are kept. What a
+    version of Snakemake does not have (these are not documented parts of it) is left as it is.
+    """
     # A plan is one big graph that lives until the end: walking it again and again frees nothing.
     gc.set_threshold(200_000, 50, 100)
-    with contextlib.suppress(ImportError, AttributeError):
-        import smart_open  # type: ignore[import-untyped,unused-ignore]
+    for change in (
+        _parse_script_paths_once,
+        _look_at_signatures_once,
+        _match_files_once,
+        _look_for_scripts_once,
+    ):
+        with contextlib.suppress(ImportError, AttributeError):
+            change()
 
-        # Asked for the same few script paths for every job, it makes a new class each time.
-        smart_open.parse_uri = functools.lru_cache(maxsize=None)(smart_open.parse_uri)
+
+def _parse_script_paths_once() -> None:
+    import smart_open  # type: ignore[import-untyped,unused-ignore]
+
+    # It makes a new class each time.
+    smart_open.parse_uri = functools.lru_cache(maxsize=None)(smart_open.parse_uri)
+
+
+def _look_at_signatures_once() -> None:
+    """Of input functions and resources: which arguments they take."""
+    from snakemake import common, rules
+
+    found = functools.lru_cache(maxsize=10_000)(common.get_function_params)
+
+    def parameters(function: Any) -> Any:
+        try:
+            return found(function)
+        except TypeError:  # not hashable
+            return found.__wrapped__(function)
+
+    common.get_function_params = rules.get_function_params = parameters
+
+
+def _match_files_once() -> None:
+    """Which rules make a file: every shard asks for all shards of the round before."""
+    from snakemake.output_index import OutputIndex
+
+    OutputIndex.match_producers = functools.lru_cache(maxsize=None)(OutputIndex.match_producers)
+
+
+def _look_for_scripts_once() -> None:
+    """Whether a rule's script is there: once per rule, not per job."""
+    from snakemake.dag import ScriptProcessor
+
+    process = ScriptProcessor.process_job
+    seen: set[str] = set()
+
+    def process_once(self: Any, job: Any) -> None:
+        # A path may depend on wildcards.
+        path = str(getattr(job.rule, self.script_type))
+        if path in seen and "{" not in path:
+            return
+        process(self, job)
+        seen.add(path)
+
+    ScriptProcessor.process_job = process_once
 
 
 def folder_state(path: str | None) -> str:

@@ -160,7 +160,8 @@ def test_plan_of_five_hundred_subjects(tmp_path: Path) -> None:
     counts, seconds, gigabytes = plan_cost(tmp_path, write_project(tmp_path, 500, 4))
     assert counts["sample_views"] == 500 * 5 * 8
     assert sum(counts.values()) == 28_008
-    assert seconds < 120  # 77 to 82 s were seen on two busy cores
+    # 51 s were seen on two busy cores; the limit only catches a change of complexity.
+    assert seconds < 120
     assert gigabytes < 1.5
 
 
