@@ -92,7 +92,7 @@ class Cluster:
         rows = self.call("squeue", "-h", "-t", states, "-o", "%i|%T|%N").split()
         return {int(n): (state, node) for n, state, node in (row.split("|") for row in rows)}
 
-    def wait_for_running_job(self, timeout: float = 60, other_than: int = 0) -> tuple[int, str]:
+    def wait_for_running_job(self, timeout: float = 120, other_than: int = 0) -> tuple[int, str]:
         """Number and node of a job that runs."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
@@ -102,7 +102,7 @@ class Cluster:
             time.sleep(0.2)
         raise AssertionError(f"no job runs after {timeout} s")
 
-    def start_requeued_job(self, number: int, timeout: float = 60) -> None:
+    def start_requeued_job(self, number: int, timeout: float = 120) -> None:
         """Waits until SLURM has put a job back, and spares it SLURM's two minutes of waiting."""
         end = time.monotonic() + timeout
         while self.queue().get(number, ("", ""))[0] != "PENDING":

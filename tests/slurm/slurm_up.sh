@@ -47,17 +47,16 @@ done
 if [ -n "$missing" ]; then
   export DEBIAN_FRONTEND=noninteractive
   # No package may start a daemon of its own: answer 101 to invoke-rc.d.
-  made_policy=
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
     chmod +x /usr/sbin/policy-rc.d
-    made_policy=1
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
   fi
-  apt-get update -qq
+  # Another apt-get may be at work.
+  apt="apt-get -qq -o DPkg::Lock::Timeout=300"
+  $apt update || die "could not install:$missing (apt-get update failed)"
   # shellcheck disable=SC2086
-  apt-get install -y -qq --no-install-recommends $missing > /dev/null \
-    || die "could not install:$missing"
-  [ -z "$made_policy" ] || rm -f /usr/sbin/policy-rc.d
+  $apt install -y --no-install-recommends $missing > /dev/null || die "could not install:$missing"
 fi
 
 # --- configuration ----------------------------------------------------------
