@@ -190,7 +190,8 @@ def relative_rotation_loss(rotation: Tensor, rotation_neutral: Tensor) -> Tensor
         rotation: (B, F, 3, 3) face frames.
         rotation_neutral: the same without expression offsets.
     """
-    relative = rotation_neutral.transpose(-1, -2) @ rotation
+    # R_neutral^T R as a sum: products of many small matrices are slow on GPUs, and do not fuse.
+    relative = (rotation_neutral[..., :, :, None] * rotation[..., :, None, :]).sum(-3)
     return squared_rotation_angle(relative).mean()
 
 

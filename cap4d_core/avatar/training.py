@@ -158,7 +158,7 @@ class AvatarTrainer:
         wanted = worth_it if settings.compile == "auto" else settings.compile == "on"
         self.compiler = Compiler(wanted and not settings.parity and can_compile(device))
         mesh = MeshFunction(avatar, from_maps=self._maps is not None)
-        self._mesh = Recorded(mesh, self.compiler.enabled and device.type == "cuda")
+        self._mesh = Recorded(mesh, device.type == "cuda")
         self._place = self.compiler.wrap(place_splats)
         self._regularisers = self.compiler.wrap(regulariser_function(settings))
         self._image_terms = self.compiler.wrap(image_terms, dynamic=False)
@@ -285,7 +285,7 @@ class AvatarTrainer:
         weights = loss_weights(iteration, s, self.lpips is not None)
         lpips, kept = self._perceptual(batch) if weights.lpips > 0 else (None, [])
         blur: losses.Blur = "window" if s.parity else losses.fast_blur(batch.image)
-        if self.compiler.enabled:
+        if self.compiler.enabled and self.device.type == "cuda":
             blur = "shifts"
         l1, dssim, distance = self._image_terms(
             image, batch.image, batch.mask, lpips, kept, blur

@@ -37,8 +37,8 @@ from cap4d_core.geometry.rotations import rodrigues
 NUM_JOINTS = 5
 MAX_SHAPE = 300
 MAX_EXPRESSION = 100
-# Joints that the pose correctives listen to; joint 1 never turns.
-_CORRECTIVE_JOINTS = (0, 2, 3, 4)
+# Joints that the pose correctives listen to: all but joint 1, which never turns.
+NUM_CORRECTIVES = 4
 _JAW_JOINT = 2
 
 MODEL_FILE = "flame.npz"
@@ -255,7 +255,9 @@ class HeadModel(nn.Module):
         rotations = torch.stack([neck, still, jaw, eye, eye], dim=1)  # (T, 5, 3, 3)
 
         # The identity is subtracted twice: a slip of the published model that its fits contain.
-        features = (rotations[:, _CORRECTIVE_JOINTS] - 2.0 * identity).flatten(1)
+        # Stacked, not picked by index: that would copy the index to the device every time.
+        correctives = torch.stack([neck, jaw, eye, eye], dim=1)  # of joints 0, 2, 3, 4
+        features = (correctives - 2.0 * identity).flatten(1)
         neutral = self._neutral_planar(shape)
         moved = neutral + torch.cat([expr, features], dim=-1) @ self.pose_basis
         moved = moved.unflatten(-1, (3, -1))  # (T, 3, V)
@@ -338,7 +340,7 @@ def read_flame_arrays(path: str | Path) -> dict[str, np.ndarray]:
         for name, shape in (
             ("v_template", (vertices, 3)),
             ("shapedirs", (vertices, 3, MAX_SHAPE + MAX_EXPRESSION)),
-            ("posedirs", (vertices, 3, 9 * len(_CORRECTIVE_JOINTS))),
+            ("posedirs", (vertices, 3, 9 * NUM_CORRECTIVES)),
             ("J_regressor", (NUM_JOINTS, vertices)),
             ("weights", (vertices, NUM_JOINTS)),
         )

@@ -6,6 +6,8 @@ the pole (20 equal points), column 19 equals column 0.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,6 +52,13 @@ def half_sphere_faces() -> NDArray[np.int64]:
     return np.array(faces, np.int64)
 
 
+# Cached, because a copy from the host would stop the GPU, and cannot be recorded in a graph.
+@functools.cache
+def _unit_points(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`half_sphere` turned half about x, so that the pole points to +z."""
+    return torch.as_tensor(half_sphere() * [1.0, -1.0, -1.0], dtype=dtype, device=device)
+
+
 def rotate_about(points: Tensor, pivot: Tensor, rotation: Tensor) -> Tensor:
     """Points (..., N, 3) turned by matrices (..., 3, 3) about pivots (..., 3)."""
     pivot = pivot.unsqueeze(-2)
@@ -69,13 +78,11 @@ def place_mouth(jaw: Tensor, lip: Tensor) -> Tensor:
     offset = lip - jaw
     length = offset.norm(dim=-1, keepdim=True)
     axis_z = offset / length
-    up = torch.zeros_like(axis_z)
-    up[..., 1] = 1.0
+    nought = torch.zeros_like(length)
+    up = torch.cat([nought, torch.ones_like(length), nought], dim=-1)
     axis_x = torch.nn.functional.normalize(torch.linalg.cross(up, axis_z), dim=-1)
     axis_y = torch.nn.functional.normalize(torch.linalg.cross(axis_z, axis_x), dim=-1)
     axes = torch.stack([axis_x, axis_y, axis_z], dim=-2)
-    # Turned half about x, so that the pole points to +z.
-    unit = half_sphere() * [1.0, -1.0, -1.0]
-    points = torch.as_tensor(unit, dtype=jaw.dtype, device=jaw.device) @ axes
+    points = _unit_points(jaw.dtype, jaw.device) @ axes
     center = jaw + _POSITION * offset - _SETBACK_M * axis_z
     return _RADIUS * length[..., None, :] * points + center[..., None, :]
