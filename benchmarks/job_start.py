@@ -229,7 +229,6 @@ def run_child(job: Path) -> None:
     recorder.add("CUDA", begin)
     begin = time.perf_counter()
     from cap4d_core.diffusion import compiled_denoiser, fast_sampling, sampler, sampling
-
     from cap4d_core.flame.model import HeadModel
 
     recorder.add("import of the stage", begin)

@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 # Their __init__ imports all models.
 _FOLDERS = tuple(f"diffusers.models.{name}" for name in ("autoencoders", "transformers", "unets"))
 # Optional to diffusers; nothing of them is needed here.
-_UNUSED = ("accelerate", "bitsandbytes", "peft", "torchao", "transformers")
+_UNUSED = (
+    "accelerate", "bitsandbytes", "peft", "scipy", "torch._dynamo", "torchao", "transformers"
+)  # fmt: skip
 
 
 @contextmanager
