@@ -177,6 +177,11 @@ def lock_folder() -> Path:
     return folder
 
 
+def lock_name(gpu: str) -> str:
+    """A GPU's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", gpu)
+
+
 def acquire(num_gpus: int, pool: list[str], folder: Path, timeout_s: float | None = None) -> Lease:
     """Leases `num_gpus` of `pool`, all or none; waits until they are free.
 
@@ -189,7 +194,7 @@ def acquire(num_gpus: int, pool: list[str], folder: Path, timeout_s: float | Non
         names: list[str] = []
         descriptors: list[int] = []
         for name in pool:
-            descriptor = _try_lock(folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock")
+            descriptor = _try_lock(folder / f"{lock_name(name)}.lock")
             if descriptor is None:
                 continue
             names.append(name)

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cap4d_core import warm_worker
 from cap4d_core.deadline import describe_limit, stop_before_limit
 from cap4d_core.errors import NoGpuError, UserError
 from cap4d_core.gpu import DEVICE_VARIABLE, lease_for_job
@@ -39,6 +40,7 @@ from cap4d_core.progress import ProgressCallback, ProgressLogger, format_duratio
 logger = logging.getLogger("cap4d")
 
 JOB_FILE_FORMAT = 1
+MEMORY_ELSEWHERE = "memory_elsewhere"
 # The devices as the scheduler assigned them, before any of them is leased or hidden.
 _SCHEDULER_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME", "SLURM_STEP_GPUS",
@@ -134,26 +136,54 @@ def run(main: Callable[[Job], None], snakemake: Any = None) -> None:
     """
     if snakemake is not None:
         job = job_from_snakemake(snakemake)
-        with _sole_writer(job):
+        with _sole_writer(job) as lock:
             if job.log:
                 redirect_output(job.log)
                 write_job_file(job_file_path(job.log), job)
             configure_logging()
             remove_unfinished(job)
-            sys.exit(execute(main, job))
+            sys.exit(execute(main, job, lock))
     job = replace(_job_from_command_line(), runtime_min=None)  # nobody limits it
     configure_logging()
     sys.exit(execute(main, job))
 
 
-def execute(main: Callable[[Job], None], job: Job) -> int:
-    """Runs `main(job)`; returns the exit code."""
-    start = time.monotonic()
+def execute(main: Callable[[Job], None], job: Job, lock: FileLock | None = None) -> int:
+    """Runs `main(job)` with the GPUs it asks for; returns the exit code.
+
+    Where a warm worker does the job instead (see `warm_worker`), `lock` goes along.
+    """
     prepare_environment(job.threads)
+
+    def with_gpus(job: Job) -> None:
+        lease = lease_for_job(job.num_gpus)
+        code = None
+        if lease is not None and len(lease.names) == 1 and warm_worker.is_wanted(job.rule):
+            held = [*lease.descriptors, *([lock.descriptor] if lock else [])]
+            screen = 2 if console is None else console
+            code = warm_worker.run_in_worker(job, lease.names[0], screen, held)
+            if code is not None and job.log:
+                note_memory_elsewhere(job_file_path(job.log))
+        elif lease is not None:
+            for name in lease.names:
+                warm_worker.stop_worker(name)
+        if code is None:
+            main(job)
+        elif code:
+            raise SystemExit(code)
+
+    start = time.monotonic()
+    _log_header(job)
+    code = execute_here(with_gpus, job)
+    if code == 0:
+        logger.info("done in %s", format_duration(time.monotonic() - start))
+    return code
+
+
+def execute_here(main: Callable[[Job], None], job: Job) -> int:
+    """Runs `main(job)` in this process as it is; returns the exit code, after logging errors."""
     try:
-        _log_header(job)
         with _logged_termination():
-            lease_for_job(job.num_gpus)
             main(job)
     except UserError as error:
         logger.error("%s", error)
@@ -169,7 +199,6 @@ def execute(main: Callable[[Job], None], job: Job) -> int:
         else:
             logger.exception("%s failed", job.rule)
         return 1
-    logger.info("done in %s", format_duration(time.monotonic() - start))
     return 0
 
 
@@ -214,6 +243,15 @@ def write_job_file(path: Path, job: Job) -> None:
     os.replace(temporary, path)
 
 
+def note_memory_elsewhere(path: Path) -> None:
+    """Notes in a job file that Snakemake's measurement of memory missed the process that worked."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text("utf-8")) | {MEMORY_ELSEWHERE: True}
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        os.replace(temporary, path)
+
+
 def read_job_file(path: str | Path) -> Job:
     """Reads a job file.
 
@@ -224,6 +262,7 @@ def read_job_file(path: str | Path) -> Job:
         content = json.loads(Path(path).read_text("utf-8"))
         version = content.pop("format")
         content.pop("folder")
+        content.pop(MEMORY_ELSEWHERE, None)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: no job file ({type(error).__name__}: {error}); expected the .job.json that "
@@ -255,7 +294,7 @@ def _job_from_command_line() -> Job:
 
 
 @contextlib.contextmanager
-def _sole_writer(job: Job) -> Iterator[None]:
+def _sole_writer(job: Job) -> Iterator[FileLock | None]:
     """Waits for a process that still does the same job.
 
     A Snakemake that was killed leaves its jobs running, and a cluster may start a job anew whose
@@ -267,7 +306,7 @@ def _sole_writer(job: Job) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock = wait_for_lock(Path(job.log).with_suffix(".lock"), _tell_console)
     try:
-        yield
+        yield lock
     finally:
         if lock is not None:
             lock.release()
@@ -285,11 +324,11 @@ def remove_unfinished(job: Job) -> None:
 def _tell_console(message: str) -> None:
     """One line to where Snakemake's own messages go."""
     with contextlib.suppress(OSError):
-        os.write(_console if _console is not None else 2, f"{message}\n".encode())
+        os.write(console if console is not None else 2, f"{message}\n".encode())
 
 
 # Standard error as it was before `redirect_output`.
-_console: int | None = None
+console: int | None = None
 
 
 def redirect_output(log: str | Path) -> None:
@@ -301,8 +340,8 @@ def redirect_output(log: str | Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    global _console
-    _console = os.dup(2)
+    global console
+    console = os.dup(2)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from cap4d_core.training_settings import TrainingSettings
 
@@ -128,6 +128,12 @@ class MMDMSettings(StrictModel):
     )
 
 
+def _in_order(interval: list[float]) -> list[float]:
+    if interval != sorted(interval):
+        raise ValueError("the end comes before the start")
+    return interval
+
+
 class SamplingSettings(StrictModel):
     """Multi-view diffusion sampling (rules plan_views to decode_views)."""
 
@@ -144,6 +150,15 @@ class SamplingSettings(StrictModel):
     )
     guidance_scale: float = Field(
         2.0, ge=0, description="Classifier-free guidance; 1 switches it off."
+    )
+    guidance_interval: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_in_order)
+    ] = Field(
+        [0.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="Part of the steps that is guided, as fractions from the noisiest to the last; "
+        "steps outside take half the time.",
     )
     max_references: int = Field(
         4,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cap4d_core.job import MEMORY_ELSEWHERE
+
 # More say nothing new, and reading them takes long on a network disk.
 MAX_JOBS_PER_RULE = 200
 # Settings that do not change what a job costs.
@@ -79,7 +81,8 @@ def _read(rule: str, benchmark: Path, job_file: Path) -> Measurement:
         raise ValueError("of an earlier job: the last one was begun after it, and failed")
     row = next(_rows(benchmark))
     job = json.loads(job_file.read_text("utf-8"))
-    memory = row["max_rss"]
+    # Where a warm worker did the job, Snakemake measured the process that waited for it.
+    memory = "-" if job.get(MEMORY_ELSEWHERE) else row["max_rss"]
     return Measurement(
         rule,
         settings_digest(job["params"].get("settings")),

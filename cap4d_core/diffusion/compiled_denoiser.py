@@ -1,8 +1,8 @@
-"""The fast denoiser under torch.compile, kept as a file so that the next job need not compile.
+"""The fast denoiser compiled ahead of time (AOTInductor), kept as a file for later jobs.
 
-torch's own caches save code generation but not the tracing of the network, which takes seconds. The
-file holds kernels and guards without weights. Like torch's caches it is unpickled, so its folder
-must be as trusted as the code: it is written by the jobs themselves.
+The file holds kernels without weights. Loading it takes a fraction of a second, because nothing of
+torch's compiler is imported; torch's own caches would still trace the network anew. It is a library
+that runs as part of the job, so its folder must be as trusted as the code; jobs write it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
+import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cap4d_core.diffusion import denoiser as denoiser_module
 from cap4d_core.diffusion import denoiser_program, fast_denoiser
-from cap4d_core.diffusion.fast_denoiser import FastDenoiser
+from cap4d_core.diffusion.fast_denoiser import FastDenoiser, ReferenceFeatures
 from cap4d_core.files.basic import atomic_path
+from cap4d_core.locks import wait_for_lock
 
 logger = logging.getLogger(__name__)
 
 # Half-precision forms of one network differ by a few hundredths; wrong kernels by much more.
 _PLAUSIBLE_DEVIATION = 0.1
+# No weights in the file, neither as a copy nor, where they are a few numbers, as part of the code.
+_OPTIONS = {"aot_inductor.package_constants_in_so": False, "always_keep_tensor_constants": True}
+
+Call = Callable[..., Tensor]
 
 
 class CompiledDenoiser:
@@ -38,7 +45,7 @@ class CompiledDenoiser:
     Args:
         denoiser: fast denoiser, on its device.
         folder: where compiled forms are kept; None = nowhere.
-        options: for torch.compile.
+        options: for torch's inductor, e.g. `coordinate_descent_tuning`.
 
     Attributes:
         is_compiled: False once compiling failed.
@@ -48,10 +55,10 @@ class CompiledDenoiser:
     def __init__(self, denoiser: FastDenoiser, folder: Path | None = None, **options: Any) -> None:
         self.denoiser = denoiser
         self.folder = folder
-        self.options = {"dynamic": False, "fullgraph": True} | options
+        self.options = _OPTIONS | options
         self.is_compiled = True
         self.was_loaded = False
-        self._calls: dict[str, Callable[..., Tensor]] = {}
+        self._calls: dict[str, Call] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
         """As FastDenoiser."""
@@ -59,51 +66,69 @@ class CompiledDenoiser:
         call = self._calls.get(signature)
         if call is None:
             call = self._calls[signature] = self._prepare(arguments, signature)
-        return call(self.denoiser, *arguments)
+        return call(*arguments)
 
-    def _prepare(self, arguments: tuple[Any, ...], signature: str) -> Callable[..., Tensor]:
-        expected = _run(self.denoiser, *arguments)
-        file = self.folder / f"denoiser-{self._key(signature)}.bin" if self.folder else None
-        if file is not None and file.exists():
-            try:
-                loaded = _load(file)
-                _check(loaded(self.denoiser, *arguments), expected)
-                self.was_loaded = True
+    def _prepare(self, arguments: tuple[Any, ...], signature: str) -> Call:
+        with nullcontext(self.folder) if self.folder else tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"denoiser-{self._key(signature)}.pt2"
+            if (loaded := self._load(file, arguments)) is not None:
                 return loaded
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # made elsewhere, damaged
-                logger.info("Compiling anew: %s cannot be used (%s).", file, _first_line(error))
-        self.was_loaded = False
-        for compile_ in (self._compile_to, self._compile):
-            try:
-                compiled = compile_(file, arguments)
-                _check(compiled(self.denoiser, *arguments), expected)
-                return compiled
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # compilers fail in many ways
-                reason = _first_line(error)
-                if compile_ == self._compile:
-                    logger.warning("Sampling without compiled kernels: %s", reason)
-                elif file is not None:
-                    logger.info("Compiled kernels cannot be kept as a file: %s", reason)
+            expected = self.denoiser(*arguments)
+            for compile_ in (self._compile_to, self._compile):
+                try:
+                    compiled = compile_(file, arguments)
+                    _check(compiled(*arguments), expected)
+                    return compiled
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # compilers fail in many ways
+                    file.unlink(missing_ok=True)
+                    reason = _first_line(error)
+                    if compile_ == self._compile:
+                        logger.warning("Sampling without compiled kernels: %s", reason)
+                    else:
+                        logger.info("Compiled kernels cannot be kept as a file: %s", reason)
         self.is_compiled = False
-        return _run
+        return self.denoiser
 
-    def _compile_to(self, file: Path | None, arguments: tuple[Any, ...]) -> Callable[..., Tensor]:
-        if file is None:
-            raise RuntimeError("no folder for it")
-        with _ahead_of_time():
-            function: Any = torch.compile(_run, **self.options)
-            compiled = function.aot_compile(((self.denoiser, *arguments), {}))
+    def _load(self, file: Path, arguments: tuple[Any, ...]) -> Call | None:
+        """The form kept in `file`; None if there is none that can be used."""
+        if not file.exists():
+            return None
+        try:
+            with zipfile.ZipFile(file) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise RuntimeError(f"{damaged} is damaged")
+            call = _Package(file, self.denoiser, arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # made elsewhere, damaged
+            logger.info("Compiling anew: %s cannot be used (%s).", file, _first_line(error))
+            return None
+        self.was_loaded = True
+        return call
+
+    def _compile_to(self, file: Path, arguments: tuple[Any, ...]) -> Call:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary:
-            compiled.save_compiled_function(str(temporary))
-        return compiled
+        # Jobs that start together need not all compile the same.
+        lock = wait_for_lock(file.with_suffix(".lock"), logger.info)
+        try:
+            if (loaded := self._load(file, arguments)) is not None:
+                return loaded
+            self.was_loaded = False
+            with atomic_path(file) as temporary:
+                compile_package(self.denoiser, arguments, temporary, self.options)
+        finally:
+            lock.release()
+        return _Package(file, self.denoiser, arguments)
 
-    def _compile(self, _: Path | None, __: tuple[Any, ...]) -> Callable[..., Tensor]:
-        return torch.compile(_run, **self.options)
+    def _compile(self, _: Path, __: tuple[Any, ...]) -> Call:
+        self.was_loaded = False
+        options = {k: v for k, v in self.options.items() if k not in _OPTIONS}
+        compiled: Call = torch.compile(
+            self.denoiser.forward, dynamic=False, fullgraph=True, options=options
+        )
+        return compiled
 
     def _key(self, signature: str) -> str:
         """Names everything that kernels depend on but the values of weights."""
@@ -111,7 +136,7 @@ class CompiledDenoiser:
         cuda = d.denoiser.device.type == "cuda"
         content = {
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            "diffusers": version("diffusers"),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "tf32": torch.backends.cudnn.allow_tf32,
             "type": str(d.denoiser.dtype),
@@ -124,25 +149,66 @@ class CompiledDenoiser:
             "code": [
                 hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
                 for module in (denoiser_module, denoiser_program, fast_denoiser)
-            ],
+            ]
+            + [hashlib.sha256(Path(__file__).read_bytes()).hexdigest()],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _run(denoiser: FastDenoiser, *arguments: Any) -> Tensor:
-    # The network is an argument, so that compiled code takes whichever weights it is given.
-    return denoiser(*arguments)
+def compile_package(
+    denoiser: FastDenoiser, arguments: tuple[Any, ...], file: Path, options: dict[str, Any]
+) -> None:
+    """Compiles the network for arguments like these into `file`, which must end in .pt2."""
+    from torch._inductor import aoti_compile_and_package
+
+    with torch.no_grad():
+        program = torch.export.export(_Flat(denoiser, arguments), tuple(_tensors(arguments)))
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
-def _load(file: Path) -> Callable[..., Tensor]:
-    with file.open("rb") as stream:
-        return torch.compiler.load_compiled_function(stream)  # type: ignore[attr-defined,no-any-return,unused-ignore]
+class _Package:
+    """A compiled file with the weights of a network."""
+
+    def __init__(self, file: Path, denoiser: FastDenoiser, arguments: tuple[Any, ...]) -> None:
+        flat = _Flat(denoiser, arguments)
+        # The class behind torch._inductor.aoti_load_package, which would import the compiler.
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
+        weights: dict[str, Tensor] = dict(flat.named_parameters(remove_duplicate=False))
+        weights |= dict(flat.named_buffers(remove_duplicate=False))
+        self.weights = {name: weights[name] for name in self.loader.get_constant_fqns()}
+        # Not a copy of the weights, so the file's code sees them as long as `self` lives.
+        self.loader.load_constants(self.weights, False, True, True)
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        result: Tensor = self.loader.run(_tensors(arguments))[0]
+        return result
 
 
-def _ahead_of_time() -> AbstractContextManager[Any]:
-    config: Any = torch._dynamo.config
-    has_switch = hasattr(config, "enable_aot_compile")
-    return config.patch(enable_aot_compile=True) if has_switch else nullcontext()
+class _Flat(nn.Module):
+    """The network as a function of tensors alone."""
+
+    def __init__(self, denoiser: FastDenoiser, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        references = arguments[3]
+        self.branches = 0 if references is None else len(references.hidden)
+        self.others = arguments[4:]
+
+    def forward(self, latents: Tensor, maps: Tensor, biases: Tensor, *features: Tensor) -> Tensor:
+        references = None
+        if self.branches:
+            groups = [
+                features[i : i + self.branches] for i in range(0, len(features), self.branches)
+            ]
+            references = ReferenceFeatures(groups[0], tuple(groups[1:]))
+        return self.denoiser(latents, maps, biases, references, *self.others)
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of a call, in the order of `_Flat`."""
+    references = arguments[3]
+    features = [] if references is None else [references.hidden, *references.skips]
+    return [*arguments[:3], *(tensor for branches in features for tensor in branches)]
 
 
 def _check(actual: Tensor, expected: Tensor) -> None:

@@ -40,6 +40,7 @@ from cap4d_core.errors import InputFileError
 from cap4d_core.files.basic import read_json, sha256_file, write_json
 from cap4d_core.files.image_set import write_view_parameters
 from cap4d_core.files.images import read_rgb, write_image
+from cap4d_core.kept import KEEPER, folder_state
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import SamplingSettings
 
@@ -120,7 +121,12 @@ def decode_views(
     ]
     if files:
         logger.info("Resuming: %d of %d views are there.", len(view_ids) - len(todo), len(view_ids))
-    decoder = _Decoder(load_autoencoder(mmdm_dir, settings, device)[0], device, half, settings)
+    key = (folder_state(mmdm_dir), device, half, settings.low_memory, settings.parity)
+    decoder = KEEPER.get(
+        "decoder",
+        key,
+        lambda: _Decoder(load_autoencoder(mmdm_dir, settings, device)[0], device, half, settings),
+    )
 
     def save(view: int, image: Tensor) -> dict[str, str]:
         write_image(output_dir / _image(view), _bytes(image, settings.parity))

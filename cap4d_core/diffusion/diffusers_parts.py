@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 __all__ = [
     "Attention", "AttnProcessor2_0", "AutoencoderKL", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D",
     "DiagonalGaussianDistribution", "DownBlock2D", "TimestepEmbedding", "Timesteps",
@@ -31,11 +33,18 @@ _UNUSED = (
 )  # fmt: skip
 
 
+def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
+    return (lambda decorated: decorated) if function is None else function
+
+
 @contextmanager
 def _only_what_is_asked_for() -> Iterator[None]:
     absent = [name for name in _UNUSED if name not in sys.modules]
     folders: dict[str, ModuleType] = {}
+    disable = torch.compiler.disable
     try:
+        # Only marks functions of theirs that are not in use here, and would import the compiler.
+        torch.compiler.disable = _unchanged  # type: ignore[assignment]
         for name in absent:
             sys.modules[name] = None  # type: ignore[assignment]
         for name in _FOLDERS:
@@ -47,6 +56,7 @@ def _only_what_is_asked_for() -> Iterator[None]:
             sys.modules[name] = folders[name] = folder
         yield
     finally:
+        torch.compiler.disable = disable
         for name in absent:
             sys.modules.pop(name, None)
         for name, folder in folders.items():
@@ -90,7 +100,8 @@ else:
     try:
         with _only_what_is_asked_for():
             _parts = _load_all()
-    except (ImportError, AttributeError) as error:  # another layout of diffusers: the slow way
+    except (ImportError, AttributeError, RuntimeError) as error:
+        # Another layout of diffusers, or somebody imported it before: the slow way.
         logger.debug("importing diffusers as a whole: %s", error)
         _parts = _load_all()
     (

@@ -109,9 +109,10 @@ class _FastStep:
         reference_batches: NDArray[np.int64],
         view_batches: NDArray[np.int64],
         latents: Tensor,
+        guided: bool = True,
     ) -> Tensor:
-        """Guided noise (N, 4, h, w) of all views."""
-        guided = self.guidance_scale != 1
+        """As StepNoise."""
+        guided = guided and self.guidance_scale != 1
         fast, device = self.owner.denoiser, self.device
         used, local = np.unique(reference_batches, return_inverse=True)
         local = local.reshape(reference_batches.shape)

@@ -24,7 +24,7 @@ from cap4d_core.files.image_set import ViewParameters
 from cap4d_core.files.images import read_grey, read_rgb
 from cap4d_core.files.tracking import Reference, TrackedSubject
 from cap4d_core.flame.model import HeadModel
-from cap4d_core.geometry.cameras import project
+from cap4d_core.geometry.cameras import project_each
 from cap4d_core.geometry.crops import Box, crop, crop_box_from_points, pixels_to_ndc, resize
 
 logger = logging.getLogger(__name__)
@@ -144,18 +144,15 @@ def head_in_pixels(head: HeadModel, views: Sequence[ViewParameters]) -> tuple[Te
             shape, stacked("expr"), stacked("rot"), stacked("tra"), eye_rot=stacked("eye_rot")
         )
         camera = {name: stacked(name) for name in ("fx", "fy", "cx", "cy", "extr")}
-        pixels = [
-            project(output.vertices[i : i + 1], **{k: v[i : i + 1] for k, v in camera.items()})
-            for i in range(len(views))
-        ]
-    return torch.cat(pixels, dim=1)[0], output.offsets
+        return project_each(output.vertices, **camera), output.offsets
 
 
 def head_in_crops(head: HeadModel, views: Sequence[ViewParameters]) -> tuple[Tensor, Tensor]:
     """As `head_in_pixels`, with x, y in the rasterizer's coordinates of each view's crop box."""
     pixels, offsets = head_in_pixels(head, views)
-    normalised = [pixels_to_ndc(pixels[i], view.crop_box) for i, view in enumerate(views)]
-    return torch.stack(normalised), offsets
+    boxes = torch.tensor([view.crop_box for view in views], dtype=pixels.dtype)
+    x0, y0, x1, y1 = boxes.to(pixels.device)[:, None].unbind(-1)
+    return pixels_to_ndc(pixels, (x0, y0, x1, y1)), offsets
 
 
 def with_crop_boxes(

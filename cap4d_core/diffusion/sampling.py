@@ -8,7 +8,9 @@ shard files of this one and deals the views anew.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +26,17 @@ from cap4d_core.diffusion.conditioning import (
     RendererTables,
 )
 from cap4d_core.diffusion.dealing import deal_views, initial_noise, views_per_iteration
-from cap4d_core.diffusion.denoiser_setup import choose_route, route_denoiser
+from cap4d_core.diffusion.denoiser_setup import DenoiserRoute, choose_route, route_denoiser
 from cap4d_core.diffusion.grouping import SeededGrouping, shard_key
 from cap4d_core.diffusion.network_setup import (
+    check_settings,
     choose_precision,
     load_model,
     matmul_precision,
 )
 from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_from_network
 from cap4d_core.diffusion.round_plan import round_steps
-from cap4d_core.diffusion.sampler import SamplingProgress, sample_stochastic_io
+from cap4d_core.diffusion.sampler import Denoiser, SamplingProgress, sample_stochastic_io
 from cap4d_core.diffusion.sampling_checkpoint import SamplingCheckpoint, fingerprint
 from cap4d_core.diffusion.solvers import needs_previous
 from cap4d_core.diffusion.step_grid import ddim_step_count, jumps_at_the_end
@@ -48,6 +51,7 @@ from cap4d_core.files.basic import (
 from cap4d_core.files.images import write_image
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.flame.template import load_flame_template
+from cap4d_core.kept import KEEPER, folder_state
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import SamplingSettings
 
@@ -59,6 +63,7 @@ _AGAIN = "Delete it and run the workflow again."
 _RELEVANT = (
     "num_inference_steps",
     "guidance_scale",
+    "guidance_interval",
     "max_references",
     "views_per_call",
     "resolution",
@@ -140,7 +145,7 @@ def sample_views(
     precision = choose_precision(settings.precision, device)
     route = choose_route(settings, device, len(view_ids) // per_iteration, stop - start)
 
-    model = load_model(mmdm_dir, settings, device)
+    model, denoiser = _load(Path(mmdm_dir), settings, device, route)
     latents, clean = _starting_state(plan, view_ids, previous_round_files, model, settings, start)
     references = _reference_latents(reference_latents, plan, model)
     name = fingerprint(
@@ -181,15 +186,17 @@ def sample_views(
     head = HeadModel.load(head_model_dir).to(device)
     renderer = ConditioningRenderer(head, _tables(model, head_model_dir), model.config, base.extr)
     preview = output.with_suffix(".png")
-    denoiser = route_denoiser(model.denoiser, route, Path(mmdm_dir).parent / "compiled")
 
     def to_keep(progress: SamplingProgress) -> Tensor | None:
         return progress.predicted_clean if needs_previous(settings.solver) else None
 
     last_clean = clean
 
+    times = [time.perf_counter()]
+
     def after_step(progress: Progress) -> None:
         nonlocal last_clean
+        times.append(time.perf_counter())
         assert isinstance(progress, SamplingProgress)
         assert progress.latents is not None and progress.predicted_clean is not None
         finished, last_clean = progress.step + 1, to_keep(progress)
@@ -232,7 +239,9 @@ def sample_views(
             batches_per_call=route.batches_per_call,
             solver=settings.solver,
             clean_before=clean,
+            guidance_interval=settings.guidance_interval,
         )
+    _log_pace(times, len(view_ids))
     write_safetensors(
         output,
         {"latents": final, "view_ids": torch.tensor(view_ids)}
@@ -253,6 +262,32 @@ def read_shard(path: str | Path) -> tuple[Tensor, list[int], int]:
     if not {"latents", "view_ids"} <= set(tensors) or "next_step" not in metadata:
         raise InputFileError(path, f"tensors {', '.join(sorted(tensors))}", what, _AGAIN)
     return tensors["latents"], tensors["view_ids"].tolist(), int(metadata["next_step"])
+
+
+def _load(
+    mmdm_dir: Path, settings: SamplingSettings, device: torch.device, route: DenoiserRoute
+) -> tuple[MMDM, Denoiser]:
+    """The model, and its denoiser in the form of the route."""
+
+    def make() -> tuple[MMDM, Denoiser]:
+        model = load_model(mmdm_dir, settings, device)
+        return model, route_denoiser(model.denoiser, route, mmdm_dir.parent / "compiled")
+
+    precision = choose_precision(settings.precision, device)
+    model, denoiser = KEEPER.get("mmdm", (folder_state(mmdm_dir), precision, device, route), make)
+    check_settings(model.config, settings)
+    return model, denoiser
+
+
+def _log_pace(times: list[float], num_views: int) -> None:
+    """Time per step, and what the first one took besides: kernels, conditioning maps."""
+    spans = [after - before for before, after in pairwise(times)]
+    if spans:
+        pace = sum(spans[1:]) / len(spans[1:]) if len(spans) > 1 else spans[0]
+        logger.info(
+            "%d views: %.3f s per step, %d steps, %.1f s before the first at this speed.",
+            num_views, pace, len(spans), max(spans[0] - pace, 0.0),
+        )  # fmt: skip
 
 
 def _starting_state(

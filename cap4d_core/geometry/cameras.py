@@ -50,11 +50,31 @@ def project(
         (C, T, V, 3): u, v in pixels; third the depth divided by the mean depth over all V points of
         its camera and frame, times (fx + fy) / 2 - only its order matters.
     """
-    world = flip_head_opencv(vertices)
     rotation, translation = extr[:, None, :3, :3], extr[:, None, None, :3, 3]
-    camera = world[None] @ rotation.transpose(-1, -2) + translation
-    x, y, z = camera.unbind(-1)
     fx, fy, cx, cy = (value.reshape(-1, 1, 1) for value in (fx, fy, cx, cy))
+    return _projected(vertices[None], fx, fy, cx, cy, rotation, translation)
+
+
+def project_each(
+    vertices: Tensor, fx: Tensor, fy: Tensor, cx: Tensor, cy: Tensor, extr: Tensor
+) -> Tensor:
+    """As `project`, frame i into camera i: (n, V, 3) points, n cameras, (n, V, 3) result."""
+    rotation, translation = extr[:, :3, :3], extr[:, None, :3, 3]
+    fx, fy, cx, cy = (value.reshape(-1, 1) for value in (fx, fy, cx, cy))
+    return _projected(vertices, fx, fy, cx, cy, rotation, translation)
+
+
+def _projected(
+    vertices: Tensor,
+    fx: Tensor,
+    fy: Tensor,
+    cx: Tensor,
+    cy: Tensor,
+    rotation: Tensor,
+    translation: Tensor,
+) -> Tensor:
+    camera = flip_head_opencv(vertices) @ rotation.transpose(-1, -2) + translation
+    x, y, z = camera.unbind(-1)
     depth = z / z.mean(-1, keepdim=True) * ((fx + fy) / 2)
     return torch.stack([x / z * fx + cx, y / z * fy + cy, depth], dim=-1)
 

@@ -8,6 +8,7 @@ Conventions:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,14 +95,14 @@ def crop_mask(image_size: tuple[int, int], box: Box, size: int) -> NDArray[np.bo
     return np.asarray(resize(inside, size) > 0)
 
 
-def pixels_to_ndc(points: Tensor, box: Box) -> Tensor:
+def pixels_to_ndc(points: Tensor, box: Box | Sequence[Tensor]) -> Tensor:
     """Pixel coordinates to the rasterizer's normalised coordinates of a square box.
 
     x and y run from +1 (left or upper edge of the box) to -1; further components are kept.
 
     Args:
         points: (..., 2 or more) pixels.
-        box: square box whose edges become +-1.
+        box: square box whose edges become +-1; four tensors of a shape that fits (...): a box each.
     """
     x0, y0, x1, y1 = box
     result = points.clone()

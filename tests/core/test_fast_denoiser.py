@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cap4d_core.diffusion import compiled_denoiser
 from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
@@ -215,6 +216,22 @@ def test_whole_sampling_run(max_references: int, guidance: float) -> None:
             assert deviation(actual, expected) < 1e-4
 
 
+def test_guidance_in_a_part_of_the_steps() -> None:
+    """As without guidance outside the interval, as with guidance inside; plain and fast alike."""
+    denoiser = random_denoiser(TINY)
+    fast = FastSamplingDenoiser(FastDenoiser(denoiser))
+    everywhere, nowhere = run(denoiser, 1), run(denoiser, 1, guidance=1.0)
+    assert torch.equal(run(denoiser, 1, guidance_interval=(0.0, 1.0)), everywhere)
+    assert torch.equal(run(denoiser, 1, guidance_interval=(0.5, 0.5)), nowhere)
+    # Five steps: the second and third are guided.
+    middle = run(denoiser, 1, guidance_interval=(0.2, 0.6))
+    start = run(denoiser, 1, guidance=1.0, end_step=1)
+    guided = run(denoiser, 1, noise=start, start_step=1, end_step=3)
+    assert torch.equal(middle, run(denoiser, 1, guidance=1.0, noise=guided, start_step=3))
+    assert deviation(middle, everywhere) > 1e-3 and deviation(middle, nowhere) > 1e-3
+    assert deviation(run(fast, 1, guidance_interval=(0.2, 0.6)), middle) < 1e-4
+
+
 def test_pieces_give_the_same_bits_as_the_whole() -> None:
     fast = FastSamplingDenoiser(FastDenoiser(random_denoiser(TINY)), same_shapes=True)
     whole = run(fast, 2)
@@ -262,22 +279,27 @@ def test_compiled_form_has_no_graph_breaks() -> None:
     assert deviation(actual, expected) < 1e-5
 
 
-def test_failing_compiler_falls_back(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(*_: Any) -> Any:
+def test_failing_compiler_falls_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compiled_denoiser, "compile_package", broken)
+    monkeypatch.setattr(torch, "compile", broken)
 
     denoiser = random_denoiser(TINY)
     latents, c = inputs(TINY, 1, torch.float32)
     fast = FastDenoiser(denoiser)
     expected = fast_noise(fast, latents, c, 1, guided=False)
     with torch.no_grad():
-        actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast, backend=broken))
+        actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast))
     assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
 
 
 @pytest.mark.slow
-def test_compiled_form_is_kept(tmp_path: Path) -> None:
-    """A second process-like user loads it, with other weights, and a damaged file is replaced."""
+def test_compiled_form_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second user loads it, with other weights; a damaged file is made anew."""
     latents, c = inputs(TINY, 2, torch.float32)
     for seed, loaded in ((0, False), (1, True)):
         fast = FastDenoiser(random_denoiser(TINY, seed))
@@ -287,12 +309,18 @@ def test_compiled_form_is_kept(tmp_path: Path) -> None:
             actual = fast_noise(fast, latents, c, 2, True, call)
         assert call.is_compiled and call.was_loaded == loaded
         assert deviation(actual, expected) < 1e-5
-    (file,) = tmp_path.glob("*.bin")
-    size = file.stat().st_size
-    file.write_bytes(b"rubbish")
-    with torch.no_grad():
-        fast_noise(fast, latents, c, 2, True, CompiledDenoiser(fast, tmp_path))
-    assert file.stat().st_size > size / 2
+    (file,) = tmp_path.glob("*.pt2")
+    content = file.read_bytes()
+    for damage in (b"rubbish", content[: len(content) // 2]):
+        file.write_bytes(damage)
+        call = CompiledDenoiser(fast, tmp_path)
+        monkeypatch.setattr(
+            compiled_denoiser, "compile_package", lambda _, __, path, ___: path.write_bytes(content)
+        )
+        with torch.no_grad():
+            actual = fast_noise(fast, latents, c, 2, True, call)
+        assert not call.was_loaded and file.read_bytes() == content
+        assert deviation(actual, expected) < 1e-5
 
 
 def test_route_depends_on_the_whole_job() -> None:
