@@ -141,7 +141,12 @@ def measure_form(
 
 
 def make_call(
-    denoiser: MMDMDenoiser, form: str, precision: str, references: int, batches: int
+    denoiser: MMDMDenoiser,
+    form: str,
+    precision: str,
+    references: int,
+    batches: int,
+    inductor: dict[str, Any] | None = None,
 ) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
     """One network call on random inputs, and what the fast form does once per step."""
     device = denoiser.device
@@ -170,7 +175,7 @@ def make_call(
         function = torch.compile(fast.forward, **options)
     elif compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        function = CompiledDenoiser(fast, Path(kept) if kept else None)
+        function = CompiledDenoiser(fast, Path(kept) if kept else None, **(inductor or {}))
     return lambda: function(latents, maps, biases, features, references, True), step
 
 

@@ -108,35 +108,44 @@ def prepare(arguments: argparse.Namespace) -> Path:
     return path
 
 
+def write_weights(work: str, size: str) -> None:
+    """Head model of the demo world and random weights that fit it."""
+    import torch
+
+    from benchmarks.sampling import SMALL
+    from cap4d_core.demo.head import write_demo_head
+    from cap4d_core.diffusion.autoencoder import Autoencoder
+    from cap4d_core.diffusion.checkpoint import save_mmdm
+    from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
+    from cap4d_core.diffusion.renderer_tables import head_model_tables
+    from cap4d_core.flame.assets import prepare_head_model
+
+    folder = Path(work)
+    if (folder / "mmdm/config.json").exists():
+        return
+    config = SMALL if size == "small" else MMDMConfig()
+    prepare_head_model(write_demo_head(folder / "head"), None, folder / "head_model")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        denoiser, autoencoder = MMDMDenoiser(config), Autoencoder(config.autoencoder)
+    tables = head_model_tables(folder / "head_model")
+    save_mmdm(folder / "mmdm", denoiser, autoencoder, tables, {"source": {"name": "random"}})
+
+
 def write_inputs(work: str, settings: dict[str, Any], size: str, references: int) -> None:
     """Head model, random weights, plan and reference latents."""
     import torch
 
     from benchmarks.sampling import SMALL
-    from cap4d_core.demo.head import write_demo_head
     from cap4d_core.demo.world import write_demo_subject
     from cap4d_core.diffusion import view_plan
-    from cap4d_core.diffusion.checkpoint import prepare_mmdm
-    from cap4d_core.diffusion.denoiser import MMDMConfig
-    from cap4d_core.diffusion.released_layout import (
-        random_released_state_dict,
-        write_released_checkpoint,
-    )
-    from cap4d_core.diffusion.renderer_tables import head_model_tables
+    from cap4d_core.diffusion.model_config import MMDMConfig
     from cap4d_core.files.basic import write_safetensors
-    from cap4d_core.flame.assets import prepare_head_model
     from cap4d_core.settings import SamplingSettings
 
     folder = Path(work)
     config = SMALL if size == "small" else MMDMConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (folder / "mmdm/config.json").exists():
-        prepare_head_model(write_demo_head(folder / "head"), None, folder / "head_model")
-        tables = head_model_tables(folder / "head_model")
-        checkpoint = folder / "model.ckpt"
-        write_released_checkpoint(checkpoint, random_released_state_dict(config, tables))
-        prepare_mmdm(checkpoint, folder / "mmdm", config=config)
-        checkpoint.unlink()
+    write_weights(work, size)
     write_demo_subject(
         folder / "subject", 24, num_references=references, resolution=160, device=device
     )
@@ -181,7 +190,7 @@ def run_job(job: Path, number: int, work: Path) -> dict[str, Any]:
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path} | (extra or {})
+    return os.environ | {"PYTHONPATH": path, "CAP4D_WARM_WORKER": "0"} | (extra or {})
 
 
 class Recorder:
@@ -233,13 +242,13 @@ def run_child(job: Path) -> None:
 
     recorder.add("import of the stage", begin)
     for owner, names in (
-        (sampling, ("read_plan", "load_model", "_starting_state", "ConditioningRenderer")),
+        (sampling, ("read_plan", "_load", "load_model", "_starting_state", "ConditioningRenderer")),
         (sampling, ("route_denoiser", "sample_stochastic_io", "write_image", "_preview")),
         (sampling, ("fingerprint", "sha256_file", "write_safetensors")),
         (HeadModel, ("load",)),
         (fast_sampling.FastSamplingDenoiser, ("prepare",)),
-        (compiled_denoiser.CompiledDenoiser, ("_prepare", "_compile_to")),
-        (compiled_denoiser, ("_load",)),
+        (compiled_denoiser.CompiledDenoiser, ("_prepare", "_load", "_compile_to")),
+        (compiled_denoiser, ("compile_package",)),
         (sampler, ("step_latents",)),
     ):
         for name in names:

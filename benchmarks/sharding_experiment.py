@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.sharding import measures
 from benchmarks.sharding.sampling import sample
-from benchmarks.sharding.settings import PARTS, SHARDS, Setting, planned
+from benchmarks.sharding.settings import PARTS, SHARDS, WHOLE, Setting, planned
 from benchmarks.sharding.world import (
     Head,
     Person,
@@ -153,7 +153,8 @@ class Experiment:
                     num_steps=setting.steps, guidance_scale=setting.guidance,
                     max_references=references, seed=self.sampling(model).seed, num_shards=shards,
                     sync_steps=setting.sync_steps(steps), batches_per_call=batches_per_call,
-                    solver=setting.solver, denoiser=denoiser,
+                    solver=setting.solver, guidance_interval=setting.interval,
+                    denoiser=denoiser,
                 )  # fmt: skip
                 images = measures.decode(model.autoencoder, latents).to(self.device)
             self._synchronise()
@@ -239,11 +240,8 @@ class Experiment:
     def _wants_avatars(self, setting: Setting) -> bool:
         """Fits take longest, so only the ends of the scale get them."""
         usual = (self.arguments.steps, "ddim", self.arguments.guidance)
-        return (setting.steps, setting.solver, setting.guidance) == usual and setting.shards in (
-            0,
-            1,
-            max(SHARDS),
-        )
+        is_usual = (setting.steps, setting.solver, setting.guidance) == usual
+        return is_usual and setting.interval == WHOLE and setting.shards in (0, 1, max(SHARDS))
 
     def _fit_avatars(
         self,
@@ -329,7 +327,7 @@ class Experiment:
                 "compile": "on" if self.arguments.compile else "off",
             }
         )
-        route = choose_route(settings, self.device, calls, self.arguments.steps)
+        route = choose_route(settings, self.device, calls, calls * self.arguments.steps)
         return route_denoiser(model.denoiser, route), route.batches_per_call
 
     def _left(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sharding.settings import SHARDS
+from benchmarks.sharding.settings import SHARDS, WHOLE
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PICTURES = "images"
@@ -36,7 +36,10 @@ class Results:
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.content = content
-        self.settings: list[dict[str, Any]] = list(content["settings"].values())
+        everything: list[dict[str, Any]] = list(content["settings"].values())
+        # Guided in a part of the steps only: a table of their own.
+        self.partly_guided = [s for s in everything if tuple(s.get("interval", WHOLE)) != WHOLE]
+        self.settings = [s for s in everything if s not in self.partly_guided]
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
         """The setting with these values; what is not named is as usual."""
@@ -161,6 +164,18 @@ def guidance_table(results: Results, references: int) -> str:
     return table(["guidance", *COLUMNS.values()], rows)
 
 
+def interval_table(results: Results, references: int) -> str:
+    """Guidance in a part of the steps, and how many half calls it leaves out."""
+    base = results.base(references)
+    found = [s for s in results.partly_guided if s["references"] == references]
+    rows = []
+    for setting in [*([base] if base else []), *found] if found else []:
+        first, end = setting.get("interval", WHOLE)
+        work = f"{(1 + end - first) / 2:.0%}"
+        rows.append([f"{first:g} to {end:g}", work, *figures(setting, base, COLUMNS)])
+    return table(["guided steps", "work", *COLUMNS.values()], rows)
+
+
 def world_table(results: Results) -> str:
     """What the figures are to be read against."""
     rows = []
@@ -214,6 +229,10 @@ def measured_text(results: Results, has_views: bool) -> str:
     parts += [f"![Solver and steps]({PICTURES}/sharding_steps.png)\n"]
     for references in results.references:
         parts += [f"### Guidance, {references} reference(s)\n", guidance_table(results, references)]
+    if results.partly_guided:
+        for references in results.references:
+            parts += [f"### Guidance in a part of the steps, {references} reference(s)\n"]
+            parts += [interval_table(results, references)]
     if has_views:
         parts += [
             f"### Views of person {content['seeds'][0]}\n",

@@ -84,6 +84,7 @@ def sample(
     sync_steps: Sequence[float],
     batches_per_call: int,
     solver: str = "ddim",
+    guidance_interval: Sequence[float] = (0.0, 1.0),
     denoiser: Denoiser | None = None,
     callback: ProgressCallback | None = None,
 ) -> Tensor:
@@ -102,6 +103,7 @@ def sample(
         sync_steps: where views are dealt anew.
         batches_per_call: batches in one network call.
         solver: of the denoising steps.
+        guidance_interval: part of the steps that is guided.
         denoiser: a faster form of the model's; default: that itself.
         callback: called after every step.
     """
@@ -128,5 +130,6 @@ def sample(
         grouping,
         callback=callback,
         batches_per_call=batches_per_call,
+        guidance_interval=guidance_interval,
         **extra,
     )

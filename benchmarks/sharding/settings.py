@@ -12,7 +12,10 @@ DDIM_STEPS = (10, 20, 25, 50, 100, 200, 250)
 FAST_STEPS = (5, 10, 20, 25, 50)
 SHARDS = (1, 2, 4, 8)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
-PARTS = ("coupling", "shards", "steps", "guidance")
+# Where guidance is applied, as fractions of the steps from the noisiest; the whole is the base.
+INTERVALS = ((0.0, 0.5), (0.5, 1.0), (0.2, 0.8), (0.0, 0.8), (0.2, 1.0))
+WHOLE = (0.0, 1.0)
+PARTS = ("coupling", "shards", "steps", "guidance", "interval")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Setting:
         steps: denoising steps asked for.
         solver: of the steps.
         guidance: classifier-free guidance.
+        interval: part of the steps that is guided.
     """
 
     references: int
@@ -35,12 +39,15 @@ class Setting:
     steps: int
     solver: str
     guidance: float
+    interval: tuple[float, float] = WHOLE
 
     @property
     def key(self) -> str:
         """Name in the results."""
         shards = "independent" if self.shards == 0 else f"shards{self.shards}_{self.sync}"
-        return f"refs{self.references}_{shards}_{self.solver}{self.steps}_guidance{self.guidance:g}"
+        part = "" if self.interval == WHOLE else "_{:g}to{:g}".format(*self.interval)
+        sampler = f"{self.solver}{self.steps}_guidance{self.guidance:g}{part}"
+        return f"refs{self.references}_{shards}_{sampler}"
 
     def sync_steps(self, steps_run: int) -> list[float]:
         """Steps at which a round starts."""
@@ -86,6 +93,11 @@ def planned(
             Setting(references=r, shards=1, **{**base, "guidance": g})
             for g in GUIDANCE
             for r in references
+        ],
+        "interval": [
+            Setting(references=r, shards=1, interval=interval, **base)
+            for r in references
+            for interval in (WHOLE, *INTERVALS)
         ],
     }
     return {part: plan[part] for part in parts}

@@ -21,8 +21,8 @@ from cap4d_core.diffusion.network_setup import choose_batches_per_call, choose_p
 from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.settings import SamplingSettings
 
-# Compiling takes about a minute the first time and seconds from the cache, and saves about 15 ms
-# per batch of views at the released size on the fastest GPUs, more on others.
+# Compiling takes about a minute, once per kind of GPU, and saves about 15 ms per batch of views at
+# the released size on the fastest GPUs, more on others.
 BATCHES_WORTH_COMPILING = 400
 
 
@@ -48,9 +48,13 @@ class DenoiserRoute:
 
 
 def choose_route(
-    settings: SamplingSettings, device: torch.device, batches_per_step: int, steps: int
+    settings: SamplingSettings, device: torch.device, batches_per_step: int, batches_of_subject: int
 ) -> DenoiserRoute:
-    """Chooses for a job of so many steps."""
+    """Chooses for a job with so many batches of views in a step.
+
+    Jobs of all rounds and shards share compiled kernels, so all batches of all steps of the subject
+    count for whether compiling is worth it.
+    """
     limit = choose_batches_per_call(settings, device)
     fast = settings.fast_path != "off"
     precision = choose_precision(settings.precision, device)
@@ -58,7 +62,7 @@ def choose_route(
     channels_last = device.type == "cuda" and precision != "fp32"
     compiled = fast and settings.compile == "on"
     if fast and settings.compile == "auto":
-        worth_it = batches_per_step * steps >= BATCHES_WORTH_COMPILING
+        worth_it = batches_of_subject >= BATCHES_WORTH_COMPILING
         compiled = channels_last and worth_it and can_compile(device)
     return DenoiserRoute(
         fast,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,24 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
     assert call is None or call.is_compiled
     # Bfloat16 has 8 bits; both forms round equally often, but not the same values.
     assert 1e-4 < plain < 0.05 and error < 1.5 * plain
+
+
+def test_compiled_form_is_kept(tmp_path: Path) -> None:
+    """The next job loads it, with its own weights, and computes the same bits."""
+    latents, c = inputs(CONFIG, 1, torch.float32)
+    latents, c = latents.cuda(), c.to("cuda")
+    layout = torch.channels_last
+    results = []
+    for seed, loaded in ((0, False), (0, True), (1, True)):
+        denoiser = random_denoiser(CONFIG, seed).to("cuda", torch.bfloat16, memory_format=layout)
+        fast = FastDenoiser(denoiser, merge_upsampling=True, memory_format=layout)
+        call = CompiledDenoiser(fast, tmp_path)
+        with torch.no_grad():
+            results.append(fast_noise(fast, latents, c, 1, True, call))
+            expected = fast_noise(fast, latents, c, 1, True)
+        assert call.is_compiled and call.was_loaded == loaded
+        assert relative(results[-1], expected) < 0.05
+    assert torch.equal(results[0], results[1]) and relative(results[2], results[0]) > 0.1
 
 
 def test_whole_run_and_resumed_run() -> None:

@@ -41,6 +41,27 @@ def test_conditioning_maps_agree() -> None:
     assert int(beyond.max()) <= 5 and float(error[..., 45:].max()) < 1e-5
 
 
+def test_views_rendered_in_blocks() -> None:
+    """As each on its own, and the same bits whatever is asked for."""
+    views = reference_views(
+        read_tracked_subject(world().tracking), head(), template().head_vertex_ids
+    )
+    views = [views[i % len(views)] for i in range(11)]
+    tables = RendererTables.from_template(
+        template().vertices, template().faces, template().head_vertex_ids
+    )
+    model = HeadModel.load(world().head_model).to("cuda")
+    renderer = ConditioningRenderer(model, tables, MMDMConfig(), views[0].extr)
+    whole = RenderedViews(renderer, views).index(slice(None)).pos_enc
+    for ids in ([10], [9, 2], [3, 3, 8]):
+        for capacity in (0, 2**30):
+            part = RenderedViews(renderer, views, cache_bytes=capacity).index(ids).pos_enc
+            assert torch.equal(part, whole[ids])
+    single = torch.cat([renderer.maps([view], is_reference=False) for view in views])
+    beyond = ((whole - single).abs().amax(-1) > 1e-3).sum((1, 2))
+    assert int(beyond.max()) <= 5  # fine pixels of a silhouette, as against the CPU
+
+
 def test_sampling_job_agrees(tmp_path: Path) -> None:
     # Published steps, so that the small differences of two float32 implementations stay small.
     settings = tiny_settings(
