@@ -3,12 +3,14 @@
     python -m benchmarks.fitting [HEAD IMAGE_SET] [--preset default] [--batch 1 4 8] [--size 512]
         [--uv 128] [--splats 100000] [--steps 100] [--lpips] [--compile auto|on|off]
         [--renderers auto] [--views 840] [--memory-gb 24] [--profile] [--json FILE]
+    python -m benchmarks.fitting --whole [--views 840] [--preset default] [--lpips] [--compile on]
 
 HEAD is a folder written by prepare_head_model; without it, people of the demo world are fitted. The
 views of IMAGE_SET are resampled to `--size` and repeated up to `--views`; `--lpips` adds the
 perceptual loss with random weights (same cost as real ones); `--memory-gb` forbids to use more
 memory than such a card has; `--renderers cpu torch` compares the built-in renderer with
-plain torch.
+plain torch. `--whole` times a fit from files to avatar instead, of so many rendered views, with all
+its evaluations, pictures and checkpoints.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -27,11 +30,13 @@ import torch.nn.functional as F
 
 from benchmarks.demo_data import demo_head, demo_views
 from cap4d_core.avatar import lpips_fast
+from cap4d_core.avatar.fitting import fit_avatar
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import ImageData, load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.flame.model import HeadModel
+from cap4d_core.progress import Progress
 from cap4d_core.settings import PRESETS, FittingSettings
 
 DEMO_SUBJECT, DEMO_SIZE, DEMO_VIEWS = 24, 128, 32
@@ -48,6 +53,9 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(arguments.memory_gb * 1e9 / total)
         # The driver reports what the whole card has free.
         lpips_fast.MEMORY_SHARE *= arguments.memory_gb * 1e9 / total
+    if arguments.whole:
+        whole_fit(arguments, device)
+        return
     with tempfile.TemporaryDirectory() as folder:
         head_folder, image_set = arguments.inputs or demo_inputs(Path(folder), device)
         head = HeadModel.load(head_folder, lower_jaw=True).to(device)
@@ -79,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lpips", action="store_true")
     parser.add_argument("--memory-gb", type=float)
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
+    parser.add_argument("--whole", action="store_true", help="a fit from files to avatar")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if len(arguments.inputs) not in (0, 2):
@@ -129,6 +138,43 @@ def random_lpips(device: torch.device) -> Lpips:
         for head in lpips.heads:
             head.uniform_(0, 1)
     return lpips.to(device)
+
+
+def whole_fit(arguments: argparse.Namespace, device: str) -> None:
+    """Times `fit_avatar` of a demo person."""
+    values: dict[str, Any] = dict(PRESETS[arguments.preset].get("fitting", {}))
+    values["compile"] = arguments.compile
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        head_folder = demo_head(folder)
+        views = max(arguments.views, DEMO_VIEWS)
+        train, _ = demo_views(folder, DEMO_SUBJECT, arguments.size, views, device)
+        if arguments.lpips:
+            random_lpips(torch.device("cpu")).save(folder / "lpips.safetensors")
+            values["lpips_weights"] = str(folder / "lpips.safetensors")
+        started, told = time.perf_counter(), 0
+
+        def callback(progress: Progress) -> None:
+            nonlocal told
+            if progress.done >= told:
+                told += 5_000
+                print(f"{progress.done:7} {time.perf_counter() - started:7.1f} s", flush=True)
+
+        fit_avatar(
+            [train], HeadModel.load(head_folder, lower_jaw=True), FittingSettings(**values),
+            folder / "avatar", callback, device=device,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        metrics = json.loads((folder / "avatar" / "metrics.json").read_text())
+        kept = ("iterations", "num_gaussians", "num_views", "resolution", "held_out", "train")
+        row = {"seconds": round(seconds, 1), **{name: metrics[name] for name in kept}}
+        if device == "cuda":
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        print(row)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(row | {"curves": metrics["curves"]}) + "\n")
+            picture = max((folder / "avatar" / "previews").iterdir())
+            shutil.copyfile(picture, arguments.json.with_suffix(".png"))
 
 
 def make_trainer(

@@ -25,7 +25,7 @@ MAX_PITCH = 20.0
 # (degrees).
 HOLES = ((-36.0, 8.0), (-12.0, -11.0), (13.0, 11.0), (37.0, -8.0))
 HOLE_RADIUS = 12.0
-HELD_OUT_SPREAD = 1.2
+HELD_OUT_SPREAD = 0.8
 DISTANCE = 1.1
 # A head, cropped as the pipeline crops it, is about this tall (m), and fills this share of a frame.
 _CROP_SIDE = 0.302
