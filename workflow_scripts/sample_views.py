@@ -4,6 +4,12 @@ from cap4d_core.job import Job, run
 
 
 def main(job: Job) -> None:
+    from cap4d_core.kept import KEEPER
+    from cap4d_core.read_ahead import read_ahead
+
+    weights = job.input_file("mmdm")
+    KEEPER.get("read ahead", str(weights), lambda: read_ahead(weights))  # once in a process
+
     from cap4d_core.batch.asset_cache import compiled_folder
     from cap4d_core.compiling import use_compile_cache
     from cap4d_core.diffusion.sampling import sample_views
@@ -16,7 +22,7 @@ def main(job: Job) -> None:
     sample_views(
         job.input_file("plan"),
         job.input_file("references"),
-        job.input_file("mmdm"),
+        weights,
         job.input_file("head_model"),
         job.input_files("previous"),
         job.output_file("latents"),
