@@ -10,10 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,9 @@ from torch import Tensor, nn
 
 from cap4d_core.diffusion import denoiser as denoiser_module
 from cap4d_core.diffusion import denoiser_program, fast_denoiser
+from cap4d_core.diffusion.denoiser_program import Savings
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, ReferenceFeatures
+from cap4d_core.diffusion.model_config import MMDMConfig
 from cap4d_core.files.basic import atomic_path
 from cap4d_core.locks import wait_for_lock
 
@@ -116,8 +123,15 @@ class CompiledDenoiser:
             if (loaded := self._load(file, arguments)) is not None:
                 return loaded
             self.was_loaded = False
-            with atomic_path(file) as temporary:
-                compile_package(self.denoiser, arguments, temporary, self.options)
+            crashed = file.with_suffix(".crashed")
+            if crashed.exists():
+                raise RuntimeError(f"an earlier attempt crashed, see {crashed}")
+            try:
+                with atomic_path(file) as temporary:
+                    compile_in_a_process(self.denoiser, arguments, temporary, self.options)
+            except CompilerCrashError as error:
+                crashed.write_text(f"{error}\nDelete this file to try again.\n", "utf-8")
+                raise
         finally:
             lock.release()
         return _Package(file, self.denoiser, arguments)
@@ -155,15 +169,78 @@ class CompiledDenoiser:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def compile_package(
+class CompilerCrashError(RuntimeError):
+    """The process that compiled or tried the result was ended by a fault of its own."""
+
+
+def compile_in_a_process(
     denoiser: FastDenoiser, arguments: tuple[Any, ...], file: Path, options: dict[str, Any]
 ) -> None:
-    """Compiles the network for arguments like these into `file`, which must end in .pt2."""
+    """Compiles the network for arguments like these into `file`, which must end in .pt2.
+
+    In a process of its own, which also runs the result once on random weights and compares: native
+    code that crashes does not take the job along, and the memory of the compiler is given back.
+
+    Raises:
+        CompilerCrashError: it crashed.
+        RuntimeError: it failed, or computes something else than the network.
+    """
+    network = denoiser.denoiser
+    request = {
+        "file": str(file),
+        "config": network.config.to_dict(),
+        "device": str(network.device),
+        "type": str(network.dtype).removeprefix("torch."),
+        "format": str(denoiser.memory_format).removeprefix("torch."),
+        "savings": asdict(denoiser.savings),
+        "merge": denoiser.merge_upsampling,
+        "arguments": _describe(arguments),
+        "options": options,
+    }
+    package = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-m", __name__],
+        input=json.dumps(request),
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode == 0:
+        return
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    if -done.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL):
+        name = signal.Signals(-done.returncode).name
+        raise CompilerCrashError(
+            "\n".join([f"the compiler or its result crashed ({name})", *lines])
+        )
+    raise RuntimeError(lines[-1])
+
+
+def _answer_request() -> None:
+    """The process of `compile_in_a_process`."""
     from torch._inductor import aoti_compile_and_package
 
-    with torch.no_grad():
-        program = torch.export.export(_Flat(denoiser, arguments), tuple(_tensors(arguments)))
-        aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+    request = json.load(sys.stdin)
+    device, kind = torch.device(request["device"]), getattr(torch, request["type"])
+    layout = getattr(torch, request["format"])
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.device(device):
+        network = denoiser_module.MMDMDenoiser(MMDMConfig.from_dict(request["config"], "request"))
+        network = network.eval().requires_grad_(False).to(dtype=kind, memory_format=layout)  # type: ignore[call-overload]
+        savings = Savings(**request["savings"])
+        fast = FastDenoiser(network, savings, request["merge"], layout)
+        latents, maps, biases, references, *others = _random(request["arguments"])
+        if references is not None:
+            references = ReferenceFeatures(*references)
+        arguments = (latents, maps, biases, references, *others)
+        expected = fast(*arguments)
+        program = torch.export.export(_Flat(fast, arguments), tuple(_tensors(arguments)))
+        aoti_compile_and_package(
+            program, package_path=request["file"], inductor_configs=request["options"]
+        )
+        _check(_Package(Path(request["file"]), fast, arguments)(*arguments), expected)
 
 
 class _Package:
@@ -221,12 +298,30 @@ def _check(actual: Tensor, expected: Tensor) -> None:
 
 
 def _describe(arguments: Any) -> Any:
+    """Plain JSON types; what values of tensors are does not matter."""
     if isinstance(arguments, Tensor):
-        return [list(arguments.shape), list(arguments.stride()), str(arguments.dtype)]
+        kind = str(arguments.dtype).removeprefix("torch.")
+        return {"shape": list(arguments.shape), "stride": list(arguments.stride()), "type": kind}
     if isinstance(arguments, tuple):
         return [_describe(part) for part in arguments]
     return arguments
 
 
+def _random(description: Any) -> Any:
+    """Arguments of this description, on the default device."""
+    if isinstance(description, dict):
+        shape, stride = description["shape"], description["stride"]
+        size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        values = torch.randn(size, dtype=getattr(torch, description["type"]))
+        return values.as_strided(shape, stride)
+    if isinstance(description, list):
+        return tuple(_random(part) for part in description)
+    return description
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+if __name__ == "__main__":
+    _answer_request()

@@ -285,7 +285,7 @@ def test_failing_compiler_falls_back(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compiled_denoiser, "compile_package", broken)
+    monkeypatch.setattr(compiled_denoiser, "compile_in_a_process", broken)
     monkeypatch.setattr(torch, "compile", broken)
 
     denoiser = random_denoiser(TINY)
@@ -295,6 +295,30 @@ def test_failing_compiler_falls_back(
     with torch.no_grad():
         actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast))
     assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
+
+
+def test_a_crash_of_the_compiler_is_survived_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho x >> $0.calls; echo trace >&2; kill -SEGV $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    denoiser = random_denoiser(TINY)
+    latents, c = inputs(TINY, 1, torch.float32)
+    fast = FastDenoiser(denoiser)
+    expected = fast_noise(fast, latents, c, 1, guided=False)
+    caplog.set_level("INFO")
+    for _ in range(2):
+        call = CompiledDenoiser(fast, tmp_path / "kept")
+        with torch.no_grad():
+            assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
+        assert call.is_compiled
+    assert "SIGSEGV" in caplog.text and "an earlier attempt crashed" in caplog.text
+    assert (tmp_path / "python.calls").read_text() == "x\n"
+    (note,) = (tmp_path / "kept").glob("*.crashed")
+    assert "trace" in note.read_text()
 
 
 @pytest.mark.slow
@@ -315,7 +339,9 @@ def test_compiled_form_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file.write_bytes(damage)
         call = CompiledDenoiser(fast, tmp_path)
         monkeypatch.setattr(
-            compiled_denoiser, "compile_package", lambda _, __, path, ___: path.write_bytes(content)
+            compiled_denoiser,
+            "compile_in_a_process",
+            lambda _, __, path, ___: path.write_bytes(content),
         )
         with torch.no_grad():
             actual = fast_noise(fast, latents, c, 2, True, call)
