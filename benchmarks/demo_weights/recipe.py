@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -51,16 +51,18 @@ from cap4d_core.diffusion.training.denoiser_pass import (
     initialise,
 )
 from cap4d_core.diffusion.training.frame_table import FrameTable
+from cap4d_core.diffusion.training.launch import launch
 from cap4d_core.diffusion.training.objective import DenoisingLoss
 from cap4d_core.diffusion.training.pace import Pace
-from cap4d_core.diffusion.training.trainer import Machine, Trainer
+from cap4d_core.diffusion.training.processes import Group
+from cap4d_core.diffusion.training.trainer import LossFunction, Machine, Trainer
 from cap4d_core.files.basic import read_safetensors, write_json, write_safetensors
 from cap4d_core.files.images import write_image
 from cap4d_core.files.tracking import Tracking
 from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.flame.template import load_flame_template
-from cap4d_core.training_settings import TrainingSettings
+from cap4d_core.training_settings import FIRST_TRAINING_SEED, TrainingSettings
 
 RECIPE = Path(__file__).parents[2] / "cap4d_core" / "demo" / "weights" / "recipe.yaml"
 logger = logging.getLogger("train_demo_weights")
@@ -70,6 +72,10 @@ PART = 256
 FIRST_SUBJECTS = 48
 # Files of prepared frames that the denoiser starts with.
 FIRST_PARTS = 2
+# Steps between which people who are ready are rendered, and most of them at a time.
+TAKE_EVERY = 8
+# Numbers that each of several processes has for its people.
+PEOPLE_OF_PROCESS = 100_000
 # Largest file that --out may hold.
 FILE_BYTES = 15 * 2**20
 
@@ -77,7 +83,7 @@ FILE_BYTES = 15 * 2**20
 class Run:
     """What all phases share."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, group: Group, device: torch.device) -> None:
         recipe = yaml.safe_load(Path(arguments.recipe).read_text("utf-8"))
         self.started = time.monotonic()
         self.deadline = self.started + arguments.seconds - arguments.reserve
@@ -98,13 +104,19 @@ class Run:
             if value is not None:
                 section[key] = value
         self.evaluation: dict[str, Any] = recipe["evaluation"]
+        # Processes that train together make people of their own.
+        data["demo_first_seed"] = data.get("demo_first_seed", FIRST_TRAINING_SEED)
+        data["demo_first_seed"] += PEOPLE_OF_PROCESS * group.rank
         self.settings = TrainingSettings.model_validate(recipe["training"])
         assert self.settings.data is not None
         self.data = self.settings.data
         self.config = MMDMConfig.from_dict(self.settings.model)
         self.state, self.out = Path(arguments.state), Path(arguments.out)
+        self.common = self.state
+        if not group.is_first:
+            self.state = self.state / f"process_{group.rank}"
         self.warm = WarmStart(Path(arguments.warm_start)) if arguments.warm_start else None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.backends.cudnn.benchmark = True
@@ -115,6 +127,7 @@ class Run:
             self.device,
             mixed_precision=is_cuda,
             compile=self.settings.compile and is_cuda and not arguments.no_compile,
+            group=group,
         )
         self.state.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -388,6 +401,11 @@ class GrowingSource:
 
     def draw(self, number: int, batch_size: int) -> TrainingBatch:
         """Batch `number`."""
+        # All processes at the same steps, because they wait for one another at every step.
+        if number % TAKE_EVERY == 0:
+            for _ in range(TAKE_EVERY):
+                if self.people.is_ready:
+                    self.people.take()
         if self.source is None or len(self.people.parts) > len(self.encoded):
             for part in self.people.parts[len(self.encoded) :]:
                 assert part.images is not None
@@ -406,11 +424,11 @@ def batch_source(run: Run, table: FrameTable, config: MMDMConfig) -> BatchSource
         settings.frontal_first,
         settings.turned_cameras,
     )
-    return BatchSource(table, config, draws, run.settings.seed)
+    return BatchSource(table, config, draws, run.settings.seed, run.machine.group.rank)
 
 
 def denoiser_trainer(run: Run, source: Draws, config: MMDMConfig) -> Trainer:
-    """A fresh trainer of the denoiser."""
+    """A fresh trainer of the denoiser; compiled, where it is, on made-up data."""
     settings = run.settings.denoiser
     torch.manual_seed(run.settings.seed)
     denoiser = MMDMDenoiser(config)
@@ -422,53 +440,38 @@ def denoiser_trainer(run: Run, source: Draws, config: MMDMConfig) -> Trainer:
         settings.min_snr_gamma,
         settings.snr_floor,
     ).to(run.device)
-    return Trainer(
+
+    def loss_on(draws: Draws) -> LossFunction:
+        return denoiser_loss(draws, objective, settings.batch_size, run.device)
+
+    trainer = Trainer(
         "denoiser",
         DenoiserPass(denoiser),
-        denoiser_loss(source, objective, settings.batch_size, run.device),
+        loss_on(batch_source(run, made_up_table(config, run.device), config)),
         settings,
         run.machine,
         Pace(settings, run.seconds["denoiser"], run.deadline),
-        run.state / "denoiser.pt",
-        run.metrics,
+        run.common / "denoiser.pt",
+        run.metrics if run.machine.group.is_first else None,
         fingerprint(run, "denoiser"),
     )
-
-
-def train_denoiser(
-    run: Run, people: People, config: MMDMConfig, autoencoder: Autoencoder
-) -> Trainer:
-    """The trainer after this call's share of the training."""
-    while not people.done and len(people.parts) < FIRST_PARTS:
-        people.take()
-    trainer = denoiser_trainer(run, GrowingSource(run, people, config, autoencoder), config)
-    if not trainer.resume() and run.warm is not None:
-        warm_start(run.warm, trainer)
-    if run.is_last:
-        left = max(run.deadline - time.monotonic(), 1.0)
-        trainer.pace.total_seconds = trainer.pace.elapsed + left
-    run.mark("first people")
-    while True:
-        trainer.run(
-            sample=lambda step: write_results(run, trainer, autoencoder),
-            sample_every=run.settings.denoiser.sample_every,
-            is_interrupted=lambda: people.is_ready,
-        )
-        if trainer.pace.is_slice_over:
-            break
-        people.take()
-    run.sync()
-    run.mark(f"denoiser at step {trainer.pace.step}, {100 * trainer.pace.progress:.0f} %")
+    if run.machine.compile:
+        # A minute or two, in which other processes make people.
+        with run.machine.autocast():
+            terms = trainer.loss(trainer.network, 0)
+        terms["loss"].backward()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        run.sync()
+        run.mark("denoiser compiled")
+    trainer.loss = loss_on(source)
     return trainer
 
 
-def prepare_kernels(run: Run) -> None:
-    """Compiles the denoiser's step on made-up data; the main process then finds it in the cache."""
-    config = run.config
+def made_up_table(config: MMDMConfig, device: torch.device) -> FrameTable:
+    """Frames of two people as the compiler may see them: shapes and types are right."""
     n, size, channels = 2 * config.views_per_call, config.latent_size, config.in_channels
-    device = run.device
     eye = torch.eye(3, device=device).expand(n, 3, 3)
-    table = FrameTable(
+    return FrameTable(
         surface=torch.zeros(n, size, size, config.condition_channels - 5, device=device).half(),
         crop_masks=torch.ones(n, size, size, dtype=torch.uint8, device=device),
         intrinsics=torch.ones(n, 4, device=device),
@@ -478,11 +481,29 @@ def prepare_kernels(run: Run) -> None:
         means=torch.zeros(n, channels, size, size, device=device).half(),
         stds=torch.zeros(n, channels, size, size, device=device).half(),
     )
-    trainer = denoiser_trainer(run, batch_source(run, table, config), config)
-    for _ in range(2):
-        trainer.step()
+
+
+def train_denoiser(
+    run: Run, people: People, config: MMDMConfig, autoencoder: Autoencoder
+) -> Trainer:
+    """The trainer after this call's share of the training."""
+    trainer = denoiser_trainer(run, GrowingSource(run, people, config, autoencoder), config)
+    while not people.done and (people.is_ready or len(people.parts) < FIRST_PARTS):
+        people.take()
+    if not trainer.resume() and run.warm is not None:
+        warm_start(run.warm, trainer)
+    if run.is_last:
+        left = max(run.deadline - time.monotonic(), 1.0)
+        (left,) = run.machine.group.agree([left], run.device)
+        trainer.pace.total_seconds = trainer.pace.elapsed + left
+    run.mark("first people")
+    trainer.run(
+        sample=lambda step: write_results(run, trainer, autoencoder),
+        sample_every=run.settings.denoiser.sample_every,
+    )
     run.sync()
-    run.mark("kernels of the denoiser (other process)")
+    run.mark(f"denoiser at step {trainer.pace.step}, {100 * trainer.pace.progress:.0f} %")
+    return trainer
 
 
 def warm_start(warm: WarmStart, trainer: Trainer) -> None:
@@ -586,6 +607,8 @@ def sheet_rows(given: Tensor, made: Tensor, truth: Tensor, count: int = 7) -> np
 
 def write_results(run: Run, trainer: Trainer | None, autoencoder: Autoencoder) -> None:
     """What this call leaves in --out before anything slow."""
+    if not run.machine.group.is_first:
+        return
     stored = {k: t.to(torch.bfloat16) for k, t in autoencoder.vae.state_dict().items()}
     factor = repr(autoencoder.config.scaling_factor)
     write_safetensors(run.out / "autoencoder.safetensors", stored, {"scaling_factor": factor})
@@ -675,9 +698,6 @@ def assemble(source: Path, target: Path) -> None:
 def work(run: Run) -> None:
     people = People(run)
     people.start()
-    if run.machine.compile and not (run.state / "autoencoder.safetensors").is_file():
-        # Beside the making of people, when the GPU has little to do.
-        subprocess.Popen([sys.executable, *sys.argv, "--prepare-kernels"])
     try:
         autoencoder = train_autoencoder(run, people)
     except BaseException:
@@ -685,7 +705,8 @@ def work(run: Run) -> None:
         raise
     results: dict[str, Any] = {"people": people.num_subjects, "pictures": people.filled}
     write_results(run, None, autoencoder)
-    count = run.evaluation["subjects"]
+    is_first = run.machine.group.is_first
+    count = run.evaluation["subjects"] if is_first else 1
     tasks = evaluation_tasks(run, autoencoder, count)
     held_out = torch.cat([t.table.images for t in tasks if t.table.images is not None])
     results["autoencoder_psnr_unseen"] = round(reconstruction_psnr(autoencoder, held_out), 3)
@@ -694,7 +715,8 @@ def work(run: Run) -> None:
     is_ready = (run.state / "autoencoder.safetensors").is_file() or run.warm is not None
     if not is_ready or time.monotonic() > run.deadline - 5:
         people.stop()
-        write_metrics(run, None, results)
+        if is_first:
+            write_metrics(run, None, results)
         logger.info("stopped before the denoiser; call again to go on.")
         return
     try:
@@ -702,6 +724,8 @@ def work(run: Run) -> None:
     finally:
         people.stop()
     results |= {"people": people.num_subjects, "pictures": people.filled}
+    if not is_first:
+        return
     write_results(run, trainer, autoencoder)
     write_metrics(run, trainer, results)
     run.mark("results")
@@ -749,7 +773,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, help="of the denoiser")
     parser.add_argument("--snr-floor", type=float, help="of the denoiser")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--prepare-kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="processes that go on from --warm-start together"
+    )
     parser.add_argument("--assemble", nargs=2, metavar=("OUT", "WEIGHTS"))
     arguments = parser.parse_args()
     logging.basicConfig(
@@ -758,7 +784,17 @@ def main() -> None:
     if arguments.assemble:
         assemble(*(Path(p) for p in arguments.assemble))
         return
-    if arguments.prepare_kernels:
-        prepare_kernels(Run(arguments))
-    else:
-        work(Run(arguments))
+    if arguments.gpus > 1 and not arguments.warm_start:
+        parser.error("--gpus needs --warm-start: the autoencoder is trained on one")
+    threads = os.cpu_count() or 1
+    launch(process, (arguments,), arguments.gpus, chosen_device(), threads)
+
+
+def process(group: Group, device: torch.device, arguments: argparse.Namespace) -> None:
+    """One of those that train together."""
+    work(Run(arguments, group, device))
+
+
+def chosen_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

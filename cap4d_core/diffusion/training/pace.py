@@ -35,6 +35,7 @@ class Pace:
     first_step: int = 0
     first_seconds: float = 0.0
     _running_since: float | None = field(default=None, repr=False)
+    _followed: float | None = field(default=None, repr=False)
 
     def start(self) -> None:
         """Lets the clock run."""
@@ -44,9 +45,15 @@ class Pace:
         """Stops the clock."""
         self.seconds, self._running_since = self.elapsed, None
 
+    def follow(self, elapsed: float | None) -> None:
+        """Takes the time from another process, so that all have the same rate; None = own clock."""
+        self._followed = elapsed
+
     @property
     def elapsed(self) -> float:
         """Seconds of training, earlier processes included."""
+        if self._followed is not None:
+            return self._followed
         if self._running_since is None:
             return self.seconds
         return self.seconds + time.monotonic() - self._running_since

@@ -20,13 +20,14 @@ class Group:
         """Whether this process writes files and logs."""
         return self.rank == 0
 
-    def agree(self, value: bool, device: torch.device) -> bool:
-        """The first process's value, in all of them."""
+    def agree(self, values: list[float], device: torch.device) -> list[float]:
+        """The first process's values, in all of them."""
         if self.size == 1:
-            return value
-        flag = torch.tensor([int(value)], device=device)
-        dist.broadcast(flag, 0)
-        return bool(flag.item())
+            return values
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        agreed: list[float] = shared.tolist()
+        return agreed
 
     def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
         """The means over all processes of values that all of them have; waits for them."""

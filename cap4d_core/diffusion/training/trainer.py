@@ -205,6 +205,7 @@ class Trainer:
             sample: called with the step number, with averaged weights in the network.
             sample_every: steps between those calls.
             is_interrupted: asked before every step; true ends this call early, without a state.
+                Not for several processes: they would wait for one another.
 
         Returns:
             Whether the run is complete.
@@ -213,7 +214,7 @@ class Trainer:
         sums: LossTerms = {}
         count, since, printed = 0, time.monotonic(), time.monotonic()
         pace.start()
-        while not group.agree(pace.is_slice_over, self.machine.device):
+        while not self._is_over():
             if is_interrupted is not None and is_interrupted():
                 pace.pause()
                 return False
@@ -259,6 +260,15 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(self.average.sources, kept)
             self.module.train()
+
+    def _is_over(self) -> bool:
+        """Whether to stop, as the first process sees it; clocks of the others follow its own."""
+        pace, group = self.pace, self.machine.group
+        pace.follow(None)
+        over, elapsed = group.agree([pace.is_slice_over, pace.elapsed], self.machine.device)
+        if group.size > 1:
+            pace.follow(elapsed)
+        return bool(over)
 
     def _without_sync(self, is_partial: bool) -> contextlib.AbstractContextManager[Any]:
         if is_partial and self.machine.group.size > 1:
