@@ -51,31 +51,6 @@ def image_terms(
     return torch.stack([l1, dssim, distance.mean()])
 
 
-class ImageTerms(nn.Module):
-    """`image_terms` of tensors alone, to be recorded.
-
-    Args:
-        function: `image_terms`, perhaps compiled.
-        lpips: perceptual distance.
-        blur: see `losses.ssim_map`.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        lpips: Lpips | FastLpips | None,
-        blur: losses.Blur,
-    ) -> None:
-        super().__init__()
-        self.function, self.blur = function, blur
-        # In a tuple, so that its weights are not taken for parameters of this function.
-        self._lpips = (lpips,)
-
-    def forward(self, rendered: Tensor, target: Tensor, mask: Tensor, *kept: Tensor) -> Tensor:
-        """See `image_terms`."""
-        return self.function(rendered, target, mask, self._lpips[0], kept, self.blur)
-
-
 class RegulariserInputs(NamedTuple):
     """What the regularisers look at; see `PosedGaussians`."""
 

@@ -20,7 +20,6 @@ from cap4d_core.avatar import densification, losses
 from cap4d_core.avatar.compiled import Compiler
 from cap4d_core.avatar.fit_functions import (
     REGULARISERS,
-    ImageTerms,
     MeshFunction,
     MeshTensors,
     Recorded,
@@ -49,8 +48,6 @@ MAX_SCREEN_RADIUS = 20.0
 FIXED_SCREEN_FACTOR = 2.0
 # Views from which compiling the step (about a minute) saves time on a GPU.
 ITERATIONS_WORTH_COMPILING = 10_000
-# Whether the image terms are recorded like the meshes.
-RECORD_IMAGE_TERMS = False
 # Head maps of all views are kept when they fit into this many bytes.
 MAP_CACHE_BYTES = 2 * 1024**3
 
@@ -165,7 +162,6 @@ class AvatarTrainer:
         self._place = self.compiler.wrap(place_splats)
         self._regularisers = self.compiler.wrap(regulariser_function(settings))
         self._image_terms = self.compiler.wrap(image_terms, dynamic=False)
-        self._recorded_terms: tuple[Lpips | FastLpips | None, Recorded | None] = (None, None)
         self._fast_lpips: FastLpips | None = None
         self._targets: TargetFeatures | None = None
 
@@ -288,8 +284,11 @@ class AvatarTrainer:
         s = self.settings
         weights = loss_weights(iteration, s, self.lpips is not None)
         lpips, kept = self._perceptual(batch) if weights.lpips > 0 else (None, [])
-        l1, dssim, distance = self._image_function(lpips, batch)(
-            image, batch.image, batch.mask, *kept
+        blur: losses.Blur = "window" if s.parity else losses.fast_blur(batch.image)
+        if self.compiler.enabled and self.device.type == "cuda":
+            blur = "shifts"
+        l1, dssim, distance = self._image_terms(
+            image, batch.image, batch.mask, lpips, kept, blur
         ).unbind()
         terms = dict.fromkeys(LOSS_NAMES, image.new_zeros(()))
         terms |= {"l1": weights.l1 * l1, "ssim": weights.ssim * dssim}
@@ -301,25 +300,6 @@ class AvatarTrainer:
             terms["neck"] = s.lambda_neck * losses.neck_loss(neck)
         terms["total"] = torch.stack([terms[name] for name in LOSS_NAMES[:-1]]).sum()
         return terms
-
-    def _image_function(
-        self, lpips: Lpips | FastLpips | None, batch: ViewBatch
-    ) -> Callable[..., Tensor]:
-        """`image_terms` for a perceptual distance; the last one is kept."""
-        known, function = self._recorded_terms
-        if function is None or known is not lpips:
-            cuda = self.device.type == "cuda"
-            blur: losses.Blur
-            if self.settings.parity:
-                blur = "window"
-            elif self.compiler.enabled and cuda:
-                blur = "shifts"
-            else:
-                blur = losses.fast_blur(batch.image)
-            terms = ImageTerms(self._image_terms, lpips, blur)
-            function = Recorded(terms, cuda and RECORD_IMAGE_TERMS)
-            self._recorded_terms = lpips, function
-        return function
 
     def _perceptual(self, batch: ViewBatch) -> tuple[Lpips | FastLpips | None, list[Tensor]]:
         """The perceptual distance to use, and what it keeps of the targets of a batch."""
