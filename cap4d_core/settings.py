@@ -229,12 +229,14 @@ class FittingSettings(StrictModel):
         description="Training views seen; a step takes batch_size of them. All schedules count so.",
     )
     batch_size: int = Field(
-        1, ge=1, description="Views per step (parity: 1); learning rates follow sqrt(B)."
+        1,
+        ge=1,
+        description="Views per step, B (parity: 1); learning rates are multiplied by B at the "
+        "start of a fit, by sqrt(B) at its end.",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "off",
-        description="Compile the training step; 'auto' = on GPUs, in fits long enough. Off, as an "
-        "earlier form was still compiling after minutes on the one GPU it was tried on.",
+        "auto",
+        description="Compile the training step; 'auto' = on GPUs, in fits long enough.",
     )
     use_generated_views: bool = Field(
         True, description="Fit on generated views too; false = reference images only."

@@ -21,7 +21,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "encode_references": 1,
     "sample_views": 1,
     "decode_views": 1,
-    "fit_avatar": 1,
+    "fit_avatar": 2,
     "import_avatar": 1,
     "animate_avatar": 1,
     "hold_out": 1,
@@ -30,6 +30,6 @@ STAGE_VERSIONS: dict[str, int] = {
     "evaluate_reenactment": 1,
     "evaluate": 1,
     "write_report": 1,
-    "make_demo": 2,
+    "make_demo": 3,
     "train_mmdm": 1,
 }

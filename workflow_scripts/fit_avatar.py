@@ -19,7 +19,7 @@ def main(job: Job) -> None:
         weights = str(job.input_file("lpips"))
         settings = settings.model_copy(update={"lpips_weights": weights})
     head_model = Path(job.input_file("head_model"))
-    if settings.compile != "off":
+    if settings.compile != "off" and job.device != "cpu":
         use_compile_cache(compiled_folder() or head_model.parent / "compiled")
     pictures = "crops" if settings.reference_images == "original" else "images"
     references = read_image_index(job.input_file("references"), images=pictures)

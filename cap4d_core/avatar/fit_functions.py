@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -275,6 +276,8 @@ class Recorded:
 
 def _record(function: nn.Module, samples: tuple[Tensor, ...]) -> Callable[..., Any]:
     plain = function.forward
+    # Recording runs on a stream of its own, once; torch warns in case that were for good.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
     try:
         return torch.cuda.make_graphed_callables(function, samples, allow_unused_input=True)
     except BaseException:

@@ -1,9 +1,10 @@
 """Optimisers of the avatar fit: Adam for splats and network, a row-wise Adam for the neck.
 
-With B views per step the gradient is a mean over B and its noise falls with sqrt(B); learning
-rates then grow with sqrt(B), epsilon shrinks with it and the moments forget B times faster per
-step, so that a step of B views stands for B steps of one (Malladi et al. 2022). B = 1 is the
-published set-up.
+A step of B views stands for B steps of one view, so its moments forget B times faster. Learning
+rates are multiplied by B^e. Early in a fit all views pull the same way, and B steps of one view
+would go B times as far: e = 1 (Goyal et al. 2017). Late, noise rules; the mean over B has sqrt(B)
+times less of it: e = 1/2, epsilon shrinks alike (Malladi et al. 2022). In between e falls linearly
+with the views seen. B = 1 is the published set-up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BETAS = (0.9, 0.999)
 # Averaging over fewer steps than these stand for would leave Adam without moments.
 MIN_BETAS = (0.5, 0.9)
 # Of B in the factor of the learning rates, at the start and at the end of a fit.
-RATE_EXPONENTS = (0.5, 0.5)
+RATE_EXPONENTS = (1.0, 0.5)
 ADAM_EPS = 1e-15
 NECK_EPS = 1e-18
 SPLAT_GROUPS = ("xyz", "f_dc", "f_rest", "opacity", "scaling", "rotation")

@@ -46,7 +46,7 @@ REFERENCE_WIDTH = 512
 MAX_SCREEN_RADIUS = 20.0
 # The published test of screen sizes never fires; now that it does, 20 px would prune hair, clothes.
 FIXED_SCREEN_FACTOR = 2.0
-# Views from which compiling the step (about a minute) saves time on a GPU.
+# Views from which compiling the step (less than a minute, seconds when kept) saves time on a GPU.
 ITERATIONS_WORTH_COMPILING = 10_000
 # Head maps of all views are kept when they fit into this many bytes.
 MAP_CACHE_BYTES = 2 * 1024**3

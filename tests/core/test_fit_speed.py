@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cap4d_core.avatar.compiled import Compiler
 from cap4d_core.avatar.fit_functions import image_terms
@@ -115,6 +116,31 @@ def test_a_failing_compiler_does_not_stop_the_fit(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         assert torch.equal(trainer.step(1), plain[0])
     assert "no kernels today" in caplog.text and not trainer.compiler.enabled
+
+
+class Operations(TorchDispatchMode):
+    """Names of the tensor operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_meshes_can_be_recorded() -> None:
+    """On CUDA they are a graph, which no value from the host and no read by it may interrupt."""
+    trainer = _trainer()
+    rows = torch.tensor([0])
+    inputs = trainer._mesh_inputs(rows, trainer.neck_offsets.index_select(0, rows))
+    trainer._mesh(*inputs)  # fills caches
+    with Operations() as seen:
+        mesh = trainer._mesh(*inputs)
+        mesh.rotation.sum().backward()
+    assert "aten::convolution_backward" in seen.names
+    assert not seen.names & {"aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"}
 
 
 @pytest.mark.slow

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from cap4d_core.avatar.fit_functions import MeshFunction
 from cap4d_core.avatar.fitting import fit_avatar
 from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.training import AvatarTrainer
+from cap4d_core.demo.world import reference_fit, write_demo_crops, write_demo_head
+from cap4d_core.flame.assets import prepare_head_model
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.settings import FittingSettings
-from tests.core.synthetic_head import head_folder
-from tests.core.test_fitting import SETS, TINY, Killed, kill_at
+from tests.core.test_fitting import TINY, Killed, kill_at
 
 pytestmark = pytest.mark.gpu
+
+NUM_VIEWS = 17
+
+
+@functools.cache
+def _inputs() -> tuple[HeadModel, list[Path]]:
+    """Head model (on the CPU) and pictures of a demo person."""
+    folder = Path(tempfile.mkdtemp(prefix="cap4d_fit_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    head = prepare_head_model(write_demo_head(folder / "assets"), None, folder / "head")
+    fit = reference_fit(24, NUM_VIEWS, 160)
+    write_demo_crops(folder / "views", 24, fit, crop_size=64, device="cuda")
+    return HeadModel.load(head, lower_jaw=True), [folder / "views"]
+
+
+def _head() -> HeadModel:
+    return copy.deepcopy(_inputs()[0])
 
 
 def _trainer(
     device: str, lpips: Lpips | None = None, settings: FittingSettings = TINY
 ) -> AvatarTrainer:
-    head = HeadModel.load(head_folder(), lower_jaw=True).to(device)
-    data = load_image_data(SETS).to(device)
+    head = _head().to(device)
+    data = load_image_data(_inputs()[1]).to(device)
     avatar = GaussianAvatar.create(head, data.shape, settings)
     return AvatarTrainer(avatar, data, settings, lpips=lpips)
 
@@ -51,13 +75,13 @@ def test_first_steps_agree_with_the_cpu() -> None:
 
 
 def test_killed_and_resumed_on_cuda(tmp_path: Path) -> None:
-    head = HeadModel.load(head_folder(), lower_jaw=True)
+    head, sets = _head(), _inputs()[1]
     settings = TINY.model_copy(update={"checkpoint_every_s": 1e-9})
     with pytest.raises(Killed):
-        fit_avatar(SETS, head, settings, tmp_path, kill_at(5), device="cuda")
+        fit_avatar(sets, head, settings, tmp_path, kill_at(5), device="cuda")
     seen: list[int] = []
     avatar = fit_avatar(
-        SETS, head, settings, tmp_path, lambda p: seen.append(p.done), device="cuda"
+        sets, head, settings, tmp_path, lambda p: seen.append(p.done), device="cuda"
     )
     assert seen[0] == 6 and seen[-1] == 10
     assert all(p.is_cuda and torch.isfinite(p).all() for p in avatar.splats.parameters())
@@ -84,6 +108,18 @@ def test_compiled_steps_agree_with_plain_ones() -> None:
     assert counts[0] > 500 and abs(counts[0] - counts[1]) < 0.02 * counts[0]
     assert torch.allclose(losses[0][0], losses[1][0], rtol=5e-3, atol=1e-6)
     assert torch.allclose(losses[0][:, -1], losses[1][:, -1], rtol=2e-2)
+
+
+def test_meshes_are_recorded() -> None:
+    trainer = _trainer("cuda")
+    plain = MeshFunction(trainer.avatar, from_maps=False)
+    for iteration in (1, 2, 3):
+        trainer.step(iteration)
+        rows = torch.tensor([iteration], device="cuda")
+        inputs = trainer._mesh_inputs(rows, trainer.neck_offsets.index_select(0, rows))
+        for have, expected in zip(trainer._mesh(*inputs), plain(*inputs), strict=True):
+            assert torch.allclose(have, expected, atol=1e-6)
+    assert trainer._mesh._graph is not None
 
 
 def test_a_step_does_not_wait_for_the_device() -> None:
