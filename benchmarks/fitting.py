@@ -1,14 +1,15 @@
 """Speed of the avatar fit: steps and views per second, and where the time of a step goes.
 
     python -m benchmarks.fitting [HEAD IMAGE_SET] [--preset default] [--batch 1 4 8] [--size 512]
-        [--uv 128] [--splats 100000] [--steps 100] [--lpips] [--compile auto|on|off]
-        [--renderers auto] [--views 840] [--memory-gb 24] [--profile] [--json FILE]
+        [--uv 128] [--splats 100000] [--steps 100] [--lpips [WEIGHTS]]
+        [--compile auto|on|off] [--renderers auto] [--views 840] [--memory-gb 24] [--profile]
+        [--json FILE]
     python -m benchmarks.fitting --whole [--views 840] [--preset default] [--lpips] [--compile on]
 
 HEAD is a folder written by prepare_head_model; without it, people of the demo world are fitted. The
 views of IMAGE_SET are resampled to `--size` and repeated up to `--views`; `--lpips` adds the
-perceptual loss with random weights (same cost as real ones); `--memory-gb` forbids to use more
-memory than such a card has; `--renderers cpu torch` compares the built-in renderer with
+perceptual loss, without a file with random weights (same cost as real ones); `--memory-gb` forbids
+to use more memory than such a card has; `--renderers cpu torch` compares the built-in renderer with
 plain torch. `--whole` times a fit from files to avatar instead, of so many rendered views, with all
 its evaluations, pictures and checkpoints.
 """
@@ -40,6 +41,7 @@ from cap4d_core.progress import Progress
 from cap4d_core.settings import PRESETS, FittingSettings
 
 DEMO_SUBJECT, DEMO_SIZE, DEMO_VIEWS = 24, 128, 32
+RANDOM = "random"
 PROFILED_STEPS = 5
 PROFILE_ROWS = 40
 
@@ -84,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=0, help="at least so many training views")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--renderers", nargs="+", default=["auto"], metavar="NAME")
-    parser.add_argument("--lpips", action="store_true")
+    parser.add_argument("--lpips", nargs="?", const=RANDOM, metavar="WEIGHTS")
     parser.add_argument("--memory-gb", type=float)
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--whole", action="store_true", help="a fit from files to avatar")
@@ -129,7 +131,7 @@ def repeated(data: ImageData, count: int) -> ImageData:
     return replace(data, **changed, names=[data.names[i] for i in rows.tolist()])
 
 
-def random_lpips(device: torch.device) -> Lpips:
+def random_lpips() -> Lpips:
     """The network with weights of no meaning."""
     lpips = Lpips()
     with torch.no_grad():
@@ -137,7 +139,7 @@ def random_lpips(device: torch.device) -> Lpips:
             torch.nn.init.kaiming_normal_(layer.weight)
         for head in lpips.heads:
             head.uniform_(0, 1)
-    return lpips.to(device)
+    return lpips
 
 
 def whole_fit(arguments: argparse.Namespace, device: str) -> None:
@@ -149,9 +151,11 @@ def whole_fit(arguments: argparse.Namespace, device: str) -> None:
         head_folder = demo_head(folder)
         views = max(arguments.views, DEMO_VIEWS)
         train, _ = demo_views(folder, DEMO_SUBJECT, arguments.size, views, device)
-        if arguments.lpips:
-            random_lpips(torch.device("cpu")).save(folder / "lpips.safetensors")
+        if arguments.lpips == RANDOM:
+            random_lpips().save(folder / "lpips.safetensors")
             values["lpips_weights"] = str(folder / "lpips.safetensors")
+        else:
+            values["lpips_weights"] = arguments.lpips
         started, told = time.perf_counter(), 0
 
         def callback(progress: Progress) -> None:
@@ -189,7 +193,10 @@ def make_trainer(
     if arguments.splats:
         values["num_gaussians_init"] = arguments.splats
     settings = FittingSettings(**values)
-    lpips = random_lpips(head.template.device) if arguments.lpips else None
+    lpips = None
+    if arguments.lpips:
+        lpips = random_lpips() if arguments.lpips == RANDOM else Lpips.load(arguments.lpips)
+        lpips = lpips.to(head.template.device)
     avatar = GaussianAvatar.create(head, data.shape, settings)
     return AvatarTrainer(avatar, data, settings, lpips=lpips)
 
@@ -225,7 +232,7 @@ def measure(
         "ms_per_step": round(1e3 * seconds / arguments.steps, 2),
         "host_ms_per_step": round(1e3 * queued / arguments.steps, 2),
         "first_step_s": round(first, 1),
-        "lpips": arguments.lpips,
+        "lpips": bool(arguments.lpips),
         "compiled": trainer.compiler.enabled,
     }
     if device.type == "cuda":
