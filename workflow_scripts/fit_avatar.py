@@ -1,7 +1,5 @@
 """Rule fit_avatar: a Gaussian avatar from reference and generated images."""
 
-from pathlib import Path
-
 from cap4d_core.job import Job, run
 
 
@@ -18,7 +16,7 @@ def main(job: Job) -> None:
     if job.input_files("lpips"):  # also where the setting says 'download'
         weights = str(job.input_file("lpips"))
         settings = settings.model_copy(update={"lpips_weights": weights})
-    head_model = Path(job.input_file("head_model"))
+    head_model = job.input_file("head_model")
     if settings.compile != "off" and job.device != "cpu":
         use_compile_cache(compiled_folder() or head_model.parent / "compiled")
     pictures = "crops" if settings.reference_images == "original" else "images"
