@@ -1,6 +1,6 @@
 """The table of faults in docs/reliability.md, written from what the tests saw.
 
-    pytest tests/slurm tests/faults --fault-table docs/reliability.md
+    pytest tests/slurm tests/faults tests/workflow --fault-table docs/reliability.md
 
 replaces the rows of the faults that were tested; the others stay as they are.
 """
@@ -28,6 +28,8 @@ FAULTS = (
     "two runs of different folders, one results folder",
     "files appear late (slow network disk)",
     "clocks of nodes are wrong",
+    "file in the cache is damaged",
+    "one bad subject of ten",
 )
 
 

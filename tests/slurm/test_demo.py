@@ -15,7 +15,7 @@ from tests.slurm.cluster import GPUS_PER_NODE, NODES, Cluster
 from tests.slurm.conftest import on_slurm
 from tests.workflow.tiny_run import TinyRun
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 # Logs, timings, and what names machines; everything else must be equal.
 LEFT_OUT = ("logs/", "benchmarks/", ".workflow/", "resources.json")

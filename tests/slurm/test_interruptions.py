@@ -22,7 +22,7 @@ from tests.slurm.cluster import GPUS_PER_NODE, NODES, Cluster
 from tests.slurm.conftest import on_slurm
 from tests.workflow.tiny_run import RunningSnakemake, TinyRun, log_of, processes_in
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 # Steps of the shard; a checkpoint after every fifth.
 STEPS = 125
@@ -108,7 +108,7 @@ def test_node_dies(run: TinyRun, idle_cluster: Cluster, saw_fault: SawFault) -> 
     noticed = time.monotonic() - killed
     wait_for_second_start(run, snakemake)
     back = time.monotonic() - killed
-    snakemake.wait(300)
+    snakemake.wait(600)
     assert resumed_step(run) == saved
     assert f"SLURMD_NODENAME {'n2' if node == 'n1' else 'n1'}" in log_of(run.results, LOG)
     assert_same_bits(run)
@@ -137,7 +137,7 @@ def test_preemption(run: TinyRun, idle_cluster: Cluster, saw_fault: SawFault) ->
     idle_cluster.start_requeued_job(number)
     wait_for_second_start(run, snakemake)
     back = time.monotonic() - preempted
-    snakemake.wait(300)
+    snakemake.wait(600)
     assert resumed_step(run) == saved
     assert_same_bits(run)
     ended = {job.number: job.state for job in idle_cluster.ended_jobs()}
@@ -204,7 +204,7 @@ def test_snakemake_is_killed(run: TinyRun, idle_cluster: Cluster, saw_fault: Saw
     again = run.start(SHARD)
     wait_for_second_start(run, again)
     back = time.monotonic() - start
-    output = again.wait(300)
+    output = again.wait(600)
     assert f"Cancelled SLURM jobs that an earlier run left behind: {number}" in output
     assert_same_bits(run)
     old, new = idle_cluster.ended_jobs()[-2:]
@@ -230,8 +230,8 @@ def test_runs_of_other_results_are_left_alone(run: TinyRun, idle_cluster: Cluste
     assert idle_cluster.queue()[number][0] == "RUNNING"
     for pid in payload:
         os.kill(pid, signal.SIGCONT)
-    first.wait(300)
-    second.wait(300)
+    first.wait(600)
+    second.wait(600)
     assert_same_bits(run)
     assert all(
         job.state == "COMPLETED" for job in idle_cluster.ended_jobs() if job.number >= number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.workflow
 # Imported avatars: everything of a workflow but the hours.
 NAMES = [f"s{number}" for number in range(10)]
 BAD = "s4"
+SawFault = Callable[..., None]
 
 
 @pytest.fixture
@@ -42,7 +44,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_nine_of_ten_are_finished_and_the_tenth_is_named(tmp_path: Path, config: Path) -> None:
+def test_nine_of_ten_are_finished_and_the_tenth_is_named(
+    tmp_path: Path, config: Path, saw_fault: SawFault
+) -> None:
     # --quiet hides Snakemake's own messages about failed jobs, not ours.
     result = run_snakemake(tmp_path, "--cores", "2", "--quiet", "all", "--configfile", str(config))
     assert result.returncode == 1
@@ -69,3 +73,9 @@ def test_nine_of_ten_are_finished_and_the_tenth_is_named(tmp_path: Path, config:
     assert result.stdout.count("Finished jobid") == 3  # import, report, all
     assert "Failed" not in run_cap4d(tmp_path, "summary", "--configfile", str(config))
     assert "What failed" not in (tmp_path / "results" / "index.html").read_text()
+    saw_fault(
+        "one bad subject of ten",
+        "that subject; nine are finished",
+        "the jobs of that subject; the table at the end of the run says which one and why",
+        "correct what the table names, the same command again",
+    )
