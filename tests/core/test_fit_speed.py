@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cap4d_core.avatar.compiled import Compiler
@@ -143,11 +146,23 @@ def test_meshes_can_be_recorded() -> None:
     assert not seen.names & {"aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"}
 
 
-@pytest.mark.slow
-def test_compiled_steps_agree_with_plain_ones() -> None:
-    have = []
+def test_compiled_steps_agree_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated as for a GPU, once for all numbers of splats, but run as it is."""
+    graphs = []
+
+    def kept(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=kept, bw_compiler=kept)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    have, counts = [], []
     for mode in ("off", "on"):
-        trainer = _trainer(compile=mode, batch_size=2)
-        have.append(torch.stack([trainer.step(i) for i in (2, 4)]))
+        trainer = _trainer(compile=mode, batch_size=2, densify_from=1)
+        have.append(torch.stack([trainer.step(i) for i in (2, 4, 6)]))
+        counts.append(len(trainer.avatar.splats))
         assert trainer.compiler.enabled == (mode == "on")
+    # Placing, regularisers and image terms, forward and backward.
+    assert len(graphs) == 6
+    assert counts[0] == counts[1] > 3000
     assert torch.allclose(have[0], have[1], rtol=1e-4, atol=1e-7)
