@@ -4,13 +4,17 @@
         [--references 1 4] [--batches 1 2] [--precisions bf16] [--count] [--cudnn-benchmark]
         [--memory-gb 24] [--no-flash] [--json FILE]
 
+On a CPU, `--size small --forms plain fast fast-merged --references 1 4` shows whether a change made
+a form slower: compare the ratios to the first line, not the times.
+
 One call denoises `views_per_call` views, conditionally and unconditionally. Random weights: the
 time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
-`step` shows), `-merged` folds enlargement into convolutions, `-compiled` is under torch.compile,
-`-graphs` also in CUDA graphs. Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run
-twice to see the first call cold and warm.
+`step` shows), `-merged` folds enlargement into convolutions, `-compiled` is
+compiled ahead of time as in the jobs, `-jit` under torch.compile, `-graphs` also in CUDA graphs.
+Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run twice to see the first call cold
+and warm.
 
 `--cudnn-benchmark` lets cuDNN try its convolution algorithms; `--memory-gb` and `--no-flash` forbid
 more memory than such a card has, and fused attention.
@@ -68,6 +72,7 @@ def main() -> None:
                 for batches in arguments.batches:
                     row = measure_form(denoiser, form, precision, references, batches)
                     rows.append(row)
+                    row["of_first"] = row["ms_per_call"] / rows[0]["ms_per_call"]
                     print_row(row)
     if arguments.json:
         machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -171,7 +176,7 @@ def make_call(
         return fast.reference_features(clean, clean_maps, fast.time_biases(500), True)
 
     function: Callable[..., Any] = fast
-    if "graphs" in form:
+    if "graphs" in form or "jit" in form:
         function = torch.compile(fast.forward, **options)
     elif compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -270,7 +275,8 @@ def measure(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> 
 def print_row(row: dict[str, Any]) -> None:
     print(
         f"{row['form']:22} {row['precision']} R={row['references']} x{row['batches']}  "
-        f"{row['ms_per_call']:8.2f} ms/call  {row['tflop']:6.2f} TFLOP  "
+        f"{row['ms_per_call']:8.2f} ms/call ({row['of_first']:5.2f} of the first line)  "
+        f"{row['tflop']:6.3f} TFLOP  "
         f"{row['tflops']:7.2f} TFLOP/s  step {row['ms_per_step']:6.2f} ms  "
         f"first {row['first_call_s']:6.1f} s  peak {row['peak_gib']:5.1f} GiB",
         flush=True,

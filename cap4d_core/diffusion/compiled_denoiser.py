@@ -123,14 +123,14 @@ class CompiledDenoiser:
             if (loaded := self._load(file, arguments)) is not None:
                 return loaded
             self.was_loaded = False
-            crashed = file.with_suffix(".crashed")
-            if crashed.exists():
-                raise RuntimeError(f"an earlier attempt crashed, see {crashed}")
+            failed = file.with_suffix(".failed")
+            if failed.exists():
+                raise RuntimeError(f"an earlier attempt failed, see {failed}")
             try:
                 with atomic_path(file) as temporary:
                     compile_in_a_process(self.denoiser, arguments, temporary, self.options)
-            except CompilerCrashError as error:
-                crashed.write_text(f"{error}\nDelete this file to try again.\n", "utf-8")
+            except CompilerError as error:
+                failed.write_text(f"{error}\nDelete this file to try again.\n", "utf-8")
                 raise
         finally:
             lock.release()
@@ -169,8 +169,8 @@ class CompiledDenoiser:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class CompilerCrashError(RuntimeError):
-    """The process that compiled or tried the result was ended by a fault of its own."""
+class CompilerError(RuntimeError):
+    """Compiling fails on this machine, and would again."""
 
 
 def compile_in_a_process(
@@ -178,12 +178,12 @@ def compile_in_a_process(
 ) -> None:
     """Compiles the network for arguments like these into `file`, which must end in .pt2.
 
-    In a process of its own, which also runs the result once on random weights and compares: native
-    code that crashes does not take the job along, and the memory of the compiler is given back.
+    In a process of its own, and a second one runs the result once on random weights and compares:
+    native code that crashes does not take the job along, and the compiler gives back its memory.
 
     Raises:
-        CompilerCrashError: it crashed.
-        RuntimeError: it failed, or computes something else than the network.
+        CompilerError: it failed or crashed, or the result computes something else than the network.
+        RuntimeError: it was killed, or there was too little memory or disk.
     """
     network = denoiser.denoiser
     request = {
@@ -197,10 +197,15 @@ def compile_in_a_process(
         "arguments": _describe(arguments),
         "options": options,
     }
+    for action in ("compile", "try"):
+        _in_a_process(action, request)
+
+
+def _in_a_process(action: str, request: dict[str, Any]) -> None:
     package = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", __name__],
+        [sys.executable, "-X", "faulthandler", "-m", __name__, action],
         input=json.dumps(request),
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.DEVNULL,
@@ -209,38 +214,42 @@ def compile_in_a_process(
     )
     if done.returncode == 0:
         return
-    lines = done.stderr.strip().splitlines() or ["no message"]
-    if -done.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL):
-        name = signal.Signals(-done.returncode).name
-        raise CompilerCrashError(
-            "\n".join([f"the compiler or its result crashed ({name})", *lines])
-        )
-    raise RuntimeError(lines[-1])
+    text = done.stderr.strip() or "no message"
+    what = "the compiler" if action == "compile" else "the compiled network"
+    if done.returncode < 0:
+        text = f"{what} was ended by {signal.Signals(-done.returncode).name}\n{text}"
+    else:
+        text = f"{what}: {text.splitlines()[-1]}\n{text}"
+    killed = -done.returncode in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    if killed or "OutOfMemory" in text or "No space left" in text:
+        raise RuntimeError(text)
+    raise CompilerError(text)
 
 
-def _answer_request() -> None:
-    """The process of `compile_in_a_process`."""
-    from torch._inductor import aoti_compile_and_package
-
+@torch.no_grad()
+def _answer_request(action: str) -> None:
+    """What the processes of `compile_in_a_process` do."""
     request = json.load(sys.stdin)
+    file = Path(request["file"])
     device, kind = torch.device(request["device"]), getattr(torch, request["type"])
     layout = getattr(torch, request["format"])
     torch.manual_seed(0)
-    with torch.no_grad(), torch.device(device):
+    with torch.device(device):
         network = denoiser_module.MMDMDenoiser(MMDMConfig.from_dict(request["config"], "request"))
         network = network.eval().requires_grad_(False).to(dtype=kind, memory_format=layout)  # type: ignore[call-overload]
         savings = Savings(**request["savings"])
         fast = FastDenoiser(network, savings, request["merge"], layout)
         latents, maps, biases, references, *others = _random(request["arguments"])
-        if references is not None:
-            references = ReferenceFeatures(*references)
-        arguments = (latents, maps, biases, references, *others)
-        expected = fast(*arguments)
-        program = torch.export.export(_Flat(fast, arguments), tuple(_tensors(arguments)))
-        aoti_compile_and_package(
-            program, package_path=request["file"], inductor_configs=request["options"]
-        )
-        _check(_Package(Path(request["file"]), fast, arguments)(*arguments), expected)
+    if references is not None:
+        references = ReferenceFeatures(*references)
+    arguments = (latents, maps, biases, references, *others)
+    if action == "try":
+        _check(_Package(file, fast, arguments)(*arguments), fast(*arguments))
+        return
+    from torch._inductor import aoti_compile_and_package
+
+    program = torch.export.export(_Flat(fast, arguments), tuple(_tensors(arguments)))
+    aoti_compile_and_package(program, package_path=str(file), inductor_configs=request["options"])
 
 
 class _Package:
@@ -324,4 +333,4 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    _answer_request()
+    _answer_request(sys.argv[1])

@@ -297,11 +297,18 @@ def test_failing_compiler_falls_back(
     assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
 
 
-def test_a_crash_of_the_compiler_is_survived_and_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("end", "again"), [("kill -SEGV $$", False), ("exit 1", False), ("kill -KILL $$", True)]
+)
+def test_a_failure_of_the_compiler_is_survived_and_not_repeated(
+    end: str,
+    again: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     script = tmp_path / "python"
-    script.write_text("#!/bin/sh\necho x >> $0.calls; echo trace >&2; kill -SEGV $$\n")
+    script.write_text(f"#!/bin/sh\necho x >> $0.calls; echo trace >&2; {end}\n")
     script.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(script))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -315,10 +322,11 @@ def test_a_crash_of_the_compiler_is_survived_and_not_repeated(
         with torch.no_grad():
             assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
         assert call.is_compiled
-    assert "SIGSEGV" in caplog.text and "an earlier attempt crashed" in caplog.text
-    assert (tmp_path / "python.calls").read_text() == "x\n"
-    (note,) = (tmp_path / "kept").glob("*.crashed")
-    assert "trace" in note.read_text()
+    assert "kept as a file: the compiler" in caplog.text
+    assert ("an earlier attempt failed" in caplog.text) != again
+    assert (tmp_path / "python.calls").read_text() == ("x\nx\n" if again else "x\n")
+    notes = list((tmp_path / "kept").glob("*.failed"))
+    assert len(notes) == (0 if again else 1) and all("trace" in note.read_text() for note in notes)
 
 
 @pytest.mark.slow
