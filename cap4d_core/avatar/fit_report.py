@@ -93,30 +93,37 @@ def write_preview(path: str | Path, trainer: AvatarTrainer, rows: Sequence[int])
     write_image(path, to_uint8(picture.cpu().numpy()))
 
 
+SCORES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+
+
 def write_curves(path: str | Path, metrics: dict[str, Any]) -> None:
-    """Plots losses and held-out scores against the iteration."""
+    """Plots losses and scores, of held-out and of some training views, against the views seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    evaluations = metrics["evaluations"]
+    names = [name for name in SCORES if any(name in e["train"] for e in evaluations)]
+    figure = Figure(figsize=(4.5 + 3.2 * len(names), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    ratios = [1.4] + [1.0] * len(names)
+    panels = figure.subplots(1, 1 + len(names), squeeze=False, width_ratios=ratios)[0]
+    left, *right = panels
     curves = metrics["curves"]
     for name in ("total", "l1", "ssim", "lpips"):
         values = curves.get(name, [])
         if any(value > 0 for value in values):
             left.plot(curves["iteration"], values, label=name)
-    left.set(xlabel="iteration", ylabel="weighted loss", yscale="log")
-    if left.lines:
-        left.legend(frameon=False)
-    for split, style in (("held_out", "-o"), ("train", "--")):
-        points = [(e["iteration"], e[split]["psnr"]) for e in metrics["evaluations"] if e[split]]
-        if points:
-            right.plot(*zip(*points, strict=True), style, label=split.replace("_", " "))
-    right.set(xlabel="iteration", ylabel="PSNR (dB)")
-    if right.lines:
-        right.legend(frameon=False)
-    for axes in (left, right):
+    left.set(ylabel="weighted loss", yscale="log")
+    for axes, name in zip(right, names, strict=True):
+        for split, style in (("held_out", "-o"), ("train", "--")):
+            points = [(e["iteration"], e[split][name]) for e in evaluations if e[split]]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=split.replace("_", " "))
+        axes.set(ylabel=SCORES[name])
+    for axes in panels:
+        axes.set(xlabel="training views seen")
         axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
