@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-_VERSION = 12
+_VERSION = 13
 # Views whose systematic errors are measured.
 BIAS_YAW_DEG = (-70.0, -50.0, -32.0, -15.0, 0.0, 15.0, 32.0, 50.0, 70.0)
 
@@ -42,6 +42,8 @@ class Correspondence:
     where the network saw each landmark beside its place on the surface, for every yaw of
     BIAS_YAW_DEG, averaged over pitch. It is what the network does wrong on turned heads, and where
     it puts the landmarks of the hidden side.
+    scatter (Y, 468, 3): how much that differs between tilted heads and open mouths: covariance
+    (xx, xy, yy) in square metres along the same axes. Landmarks of the contour slide along it.
     """
 
     faces: NDArray[np.int64]
@@ -49,6 +51,7 @@ class Correspondence:
     spread_m: Array
     points: Array
     bias: Array
+    scatter: Array
     picture: NDArray[np.uint8]
 
     def vertices(self, model_faces: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -97,6 +100,7 @@ def load_or_compute(
             "spread_m": result.spread_m,
             "points": result.points,
             "bias": result.bias,
+            "scatter": result.scatter,
             "picture": result.picture,
         },
     )
@@ -127,6 +131,7 @@ def read_correspondence(path: str | Path, head_model_dir: str | Path) -> Corresp
         take_array(arrays, path, "spread_m", (points,), np.float64),
         take_array(arrays, path, "points", (points, 3), np.float64),
         take_array(arrays, path, "bias", (len(BIAS_YAW_DEG), points, 2), np.float64),
+        take_array(arrays, path, "scatter", (len(BIAS_YAW_DEG), points, 3), np.float64),
         take_array(arrays, path, "picture", (None, None, 3), np.uint8),
     )
 

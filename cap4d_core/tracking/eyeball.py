@@ -20,7 +20,7 @@ EYELIDS = (contour_points("left_eye"), contour_points("right_eye"))
 _CORNERS = ((33, 133), (263, 362))
 _LID_PAIRS = (((159, 145), (160, 144), (158, 153)), ((386, 374), (387, 373), (385, 380)))
 # Below this height relative to its width an eye is closed and its iris a guess.
-CLOSED_BELOW = 0.10
+CLOSED_BELOW = 0.13
 
 
 def eye_openness(points: Array) -> Array:

@@ -44,6 +44,9 @@ _EXIF_UNCERTAINTY = 0.3
 # A fit whose landmarks are off by more than this share of the face is no fit.
 MAX_RESIDUAL = 0.04
 MAX_YAW_DEG = 80.0
+# Mirror disagreement of faces with nothing in front of them: up to so much at 0 and per degree of
+# yaw; beyond so many times that, too much is hidden.
+_ASYMMETRY, _ASYMMETRY_PER_DEGREE, _HIDDEN = 0.010, 0.0002, 2.0
 # Influence of frames without landmarks inside a driving video: the smoothness fills them.
 _UNSEEN = 1e-4
 
@@ -191,6 +194,11 @@ def _no_usable_frame(recording: Recording, observed: Sequence[Observed]) -> Inpu
     )
 
 
+def usual_asymmetry(yaw_deg: float) -> float:
+    """Mirror disagreement above which part of a face may be hidden."""
+    return _ASYMMETRY + _ASYMMETRY_PER_DEGREE * abs(yaw_deg)
+
+
 def _mark_misfits(result: TrackedFrames, usable: list[Observed]) -> bool:
     """Gives frames that the model cannot explain a problem; True if there were any."""
     found = False
@@ -206,6 +214,11 @@ def _mark_misfits(result: TrackedFrames, usable: list[Observed]) -> bool:
             )
         elif abs(yaw) > MAX_YAW_DEG:
             o.problem = f"face turned away too far ({yaw:.0f} degrees)"
+        elif o.landmarks is not None and o.landmarks.asymmetry > _HIDDEN * usual_asymmetry(yaw):
+            o.problem = (
+                f"part of the face is hidden (mirror disagreement {o.landmarks.asymmetry:.3f}; "
+                f"up to {usual_asymmetry(yaw):.3f} is usual)"
+            )
         else:
             continue
         found = True

@@ -29,8 +29,8 @@ from cap4d_core.tracking.measurements import (
     LandmarkFit,
     Measurements,
     Observation,
+    pairs_of,
     turn_towards,
-    with_pairs,
 )
 from cap4d_core.tracking.solver import acceleration_gradient, gram, rigid_part, solve_banded
 from cap4d_core.tracking.surface import align_similarity
@@ -39,8 +39,9 @@ __all__ = ["Camera", "LandmarkFit", "LandmarkFitter", "Observation", "with_eyes"
 
 Array = NDArray[np.float64]
 
-# The last coefficient is a blink by itself: lids should close by it rather than by a mixture.
-_BLINK_PRIOR = 0.1
+# The last coefficient is a blink by itself: lids should close by it rather than by a mixture. Eyes
+# are open or closed; less than the second value rather belongs to the shape.
+_BLINK_PRIOR, _BLINK_NOISE = 0.5, 0.25
 # Distance of the head and its uncertainty (log), and focal length per picture side. One picture
 # hardly tells them apart. The released fits, which the diffusion model learnt from, lie at 1.1 to
 # 1.5 m.
@@ -51,6 +52,9 @@ _FOCAL, _FOCAL_LOG_SIGMA = 2.0, 1.0
 _REFERENCE_FPS = 30.0
 _ACCELERATION = {"rot": np.deg2rad(0.55), "side": 0.0018, "depth": 0.0022, "expr": 0.33}
 _BLINK_ACCELERATION = 2.0
+# Before expressions are found, an open mouth on a closed template, or the other way round, is far
+# away but no outlier: residuals lose influence gradually.
+_TOLERANCES = (4.0, 4.0, 4.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 # Shape and cameras of long recordings are estimated from so many frames.
 _MAX_SHARED_FRAMES = 24
 # Uncertainty of the pose of further cameras before seeing anything (radians and metres).
@@ -119,7 +123,8 @@ class LandmarkFitter(Measurements):
         if share:
             for _ in range(6):
                 self._step(state, Free(True, False, True), 0.0)
-        for _ in range(12):
+        for tolerance in _TOLERANCES:
+            self.tolerance = tolerance
             self._step(state, Free(share, True, share), self.smoothness)
         return state
 
@@ -231,7 +236,9 @@ class LandmarkFitter(Measurements):
         """One Gauss-Newton step on everything that is free."""
         model = self.model
         _, turned, camera, pixels = self.camera_points(state)
+        whitening = self.whitening(state)
         residual = (pixels - self.pixels) / self.size[:, None, None]
+        residual = (whitening @ residual[..., None])[..., 0]
         weight = self.weights(state, camera, residual)
         pairs = self.pair_weights(self.visibility(state, camera), self.pair_residual(pixels))
         weight = np.concatenate([weight, pairs], axis=1)
@@ -250,8 +257,9 @@ class LandmarkFitter(Measurements):
             own, shared = self.jacobians(
                 state, o, turned[o], camera[o], model.shape_basis, model.expression_basis, free
             )
-            rows = [with_pairs(own).reshape(-1, size)]
-            shared_rows = [with_pairs(shared).reshape(len(rows[0]), shared_size)]
+            rows = [np.concatenate([whitening[o] @ own, pairs_of(own)]).reshape(-1, size)]
+            shared = np.concatenate([whitening[o] @ shared, pairs_of(shared)])
+            shared_rows = [shared.reshape(len(rows[0]), shared_size)]
             row_weights, errors = [np.repeat(weight[o], 2)], [residual[o].reshape(-1)]
             outline = self.outlines[o]
             if outline is not None:
@@ -290,10 +298,11 @@ class LandmarkFitter(Measurements):
         diagonal = np.arange(6)
         frame_matrix[:, diagonal, diagonal] += 1e-3
         if free.expression:
-            prior = np.eye(state.expr.shape[1]) + self.rigid_expression
-            prior[-1, -1] *= _BLINK_PRIOR
+            prior = np.tile(self._expression_prior(), (len(state.expr), 1, 1))
+            blink = state.expr[:, -1]
+            prior[:, -1, -1] *= _BLINK_PRIOR / (1.0 + (blink / _BLINK_NOISE) ** 2)
             frame_matrix[:, 6:, 6:] += prior
-            frame_vector[:, 6:] += state.expr @ prior
+            frame_vector[:, 6:] += np.einsum("ti,tij->tj", state.expr, prior)
         num_shape = len(state.shape) if free.shape else 0
         if free.shape:
             prior = np.eye(num_shape) + self.rigid_shape
@@ -313,6 +322,15 @@ class LandmarkFitter(Measurements):
             fixed = c == 0 or camera.extr is not None
             pose = np.arange(first + 1, first + 7)
             shared_matrix[pose, pose] += 1e12 if fixed else _CAMERA_SIGMA**-2
+
+    def _expression_prior(self) -> Array:
+        """Precision (E, E) of the expressions, but for the blink's own."""
+        mouth = self.model.mouth
+        length = max(float(np.linalg.norm(mouth)), 1.0)
+        # Opening and closing the mouth costs as much as one coefficient.
+        free = np.outer(mouth, mouth) / length**2 * (1.0 - length**-2)
+        prior: Array = np.eye(len(mouth)) - free + self.rigid_expression
+        return prior
 
     def _focal_prior(self, c: int, depth_by_focal: float) -> tuple[float, float]:
         """Expected logarithm of the focal length and its uncertainty.

@@ -16,10 +16,16 @@ from scipy.spatial import cKDTree
 
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.tracking.correspondence import BIAS_YAW_DEG, Correspondence
+from cap4d_core.tracking.landmark_topology import INNER_LIP_PAIRS
 from cap4d_core.tracking.silhouette import HeadOutline
 from cap4d_core.tracking.template_views import EYEBALLS, eyeball_center, sunken_eyes
 
 Array = NDArray[np.float64]
+
+# Inner lips that are further apart are open; how far closed ones are opened, how exactly, and how
+# still everything above the mouth stays.
+_OPEN_LIPS_M, _OPENING_M, _LIP_SIGMA_M, _STILL_SIGMA_M = 0.004, 0.015, 0.001, 0.003
+_BELOW_NOSE = 2
 
 
 class LandmarkModel:
@@ -33,6 +39,7 @@ class LandmarkModel:
         spread (N,): uncertainty of the landmarks on the surface in metres.
         density_weight (N,): share of the surface that a landmark stands for, 1 on average.
         face_size: scale of the face in metres: extent of the landmarks.
+        mouth (E,): likeliest expression that closes an open mouth, or opens a closed one.
     """
 
     def __init__(self, model: HeadModel, correspondence: Correspondence) -> None:
@@ -53,7 +60,10 @@ class LandmarkModel:
         extent = self.rest.max(axis=0) - self.rest.min(axis=0)
         self.face_size = float(extent[:2].max())
         self.num_points = count
-        self._bias = make_interp_spline(np.array(BIAS_YAW_DEG), correspondence.bias, k=1)
+        self.mouth = mouth_expression(self.rest, self.expression_basis)
+        yaws = np.array(BIAS_YAW_DEG)
+        self._bias = make_interp_spline(yaws, correspondence.bias, k=1)
+        self._scatter = make_interp_spline(yaws, correspondence.scatter, k=1)
         # Lips and lids have many landmarks close together that err together.
         distance = cKDTree(self.rest).query(self.rest, k=7)[0][:, 1:].mean(1)
         area = np.clip(distance / np.median(distance), 0.2, 1.5) ** 2
@@ -69,13 +79,15 @@ class LandmarkModel:
         Returns:
             (O, N, 2) metres along the first two of those axes.
         """
-        # rotation = Rz(roll) Rx(pitch) Ry(yaw)
-        yaw = np.degrees(np.arctan2(-rotation[:, 2, 0], rotation[:, 2, 2]))
-        roll = np.arctan2(-rotation[:, 0, 1], rotation[:, 1, 1])
-        upright = self._bias(np.clip(yaw, BIAS_YAW_DEG[0], BIAS_YAW_DEG[-1]))
-        cosine, sine = np.cos(roll), np.sin(roll)
-        turn = np.stack([np.stack([cosine, -sine], -1), np.stack([sine, cosine], -1)], -2)
-        result: Array = upright @ turn.transpose(0, 2, 1)
+        yaw, turn = _yaw_and_roll(rotation)
+        result: Array = self._bias(yaw) @ turn.transpose(0, 2, 1)
+        return result
+
+    def view_scatter(self, rotation: Array) -> Array:
+        """How uncertain that is: (O, N, 2, 2) covariances in square metres, same axes."""
+        yaw, turn = _yaw_and_roll(rotation)
+        upright = self._scatter(yaw)[..., [[0, 1], [1, 2]]]
+        result: Array = turn[:, None] @ upright @ turn.transpose(0, 2, 1)[:, None]
         return result
 
     def _reduce(self, planar: torch.Tensor) -> Array:
@@ -142,6 +154,49 @@ class LandmarkModel:
                 None if eye_rot is None else tensor(eye_rot),
             )
         return output.vertices.double().numpy()
+
+
+def mouth_expression(points: Array, basis: Array) -> Array:
+    """Likeliest expression (E,) that closes an open mouth, or opens a closed one.
+
+    Args:
+        points: (N, 3) landmarks.
+        basis: (N, 3, E) how expressions move them.
+    """
+    upper, lower = INNER_LIP_PAIRS.T
+    gap = points[upper] - points[lower]
+    opening = np.tile([0.0, _OPENING_M, 0.0], (len(gap), 1))
+    change = -gap if lips_are_open(points) else opening
+    above = points[:, 1] > points[_BELOW_NOSE, 1]
+    count = basis.shape[-1]
+    rows = np.concatenate(
+        [
+            ((basis[upper] - basis[lower]) / _LIP_SIGMA_M).reshape(-1, count),
+            (basis[above] / _STILL_SIGMA_M).reshape(-1, count),
+        ]
+    )
+    rows[:, -1] = 0.0  # the blink
+    values = np.zeros(len(rows))
+    values[: change.size] = change.reshape(-1) / _LIP_SIGMA_M
+    result: Array = np.linalg.solve(rows.T @ rows + np.eye(count), rows.T @ values)
+    return result
+
+
+def lips_are_open(points: Array) -> bool:
+    """Whether the inner lips of landmarks (N, 3) are apart."""
+    upper, lower = INNER_LIP_PAIRS.T
+    gaps = np.linalg.norm(points[upper] - points[lower], axis=1)
+    return bool(gaps.mean() > _OPEN_LIPS_M)
+
+
+def _yaw_and_roll(rotation: Array) -> tuple[Array, Array]:
+    """Yaw in degrees (O,), within the measured ones, and (O, 2, 2) rotations by the roll."""
+    # rotation = Rz(roll) Rx(pitch) Ry(yaw)
+    yaw = np.degrees(np.arctan2(-rotation[:, 2, 0], rotation[:, 2, 2]))
+    roll = np.arctan2(-rotation[:, 0, 1], rotation[:, 1, 1])
+    cosine, sine = np.cos(roll), np.sin(roll)
+    turn = np.stack([np.stack([cosine, -sine], -1), np.stack([sine, cosine], -1)], -2)
+    return np.clip(yaw, BIAS_YAW_DEG[0], BIAS_YAW_DEG[-1]), turn
 
 
 def _vertex_normals(vertices: Array, faces: NDArray[np.int64]) -> Array:

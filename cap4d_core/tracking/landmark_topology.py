@@ -25,6 +25,11 @@ CONTOURS: dict[str, NDArray[np.int64]] = {
 }
 """(E, 2) pairs of neighbouring landmarks of lips, eyes, brows, nose and face oval."""
 
+INNER_LIP_PAIRS: NDArray[np.int64] = np.array(
+    [(13, 14), (82, 87), (312, 317), (81, 178), (311, 402), (80, 88), (310, 318)]
+)
+"""(P, 2) landmarks of the upper and the lower lip that touch when the mouth is closed."""
+
 
 def contour_points(name: str) -> NDArray[np.int64]:
     """Numbers of all landmarks on a contour, ascending."""

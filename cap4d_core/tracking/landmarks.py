@@ -138,6 +138,11 @@ class LandmarkNetwork:
             "output_right_eye": refined[2],
         }
 
+    @property
+    def lips(self) -> list[int]:
+        """Numbers of the landmarks on the lips."""
+        return self._parts["output_lips"]
+
     def predict(
         self, image: NDArray[np.uint8], region: Region, passes: int = 2, mirrored: bool = True
     ) -> FaceLandmarks:

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from cap4d_core.tracking.eyeball import eye_openness
 from cap4d_core.tracking.landmark_model import LandmarkModel
+from cap4d_core.tracking.landmark_topology import INNER_LIP_PAIRS
 from cap4d_core.tracking.silhouette import DistanceField
 
 Array = NDArray[np.float64]
@@ -31,17 +32,19 @@ LID_AND_LIP_PAIRS = np.array(
     [
         *[(159, 145), (160, 144), (158, 153), (161, 163), (157, 154)],
         *[(386, 374), (387, 373), (385, 380), (388, 390), (384, 381)],
-        *[(13, 14), (82, 87), (312, 317), (81, 178), (311, 402), (80, 88), (310, 318), (0, 17)],
+        *INNER_LIP_PAIRS.tolist(),
+        (0, 17),
     ]
 )
 _PAIR_SIGMA = 0.006
 _NUM_LID_PAIRS = 10
-# Beyond so many sigmas distances lose influence. Closed eyes are far from the open ones that a fit
-# begins with, yet no outliers.
-_PAIR_ROBUST_SCALE = np.where(np.arange(len(LID_AND_LIP_PAIRS)) < _NUM_LID_PAIRS, 12.0, 3.0)
-# The network leaves a gap between closed lids: height by width of eyes that are closed, and of eyes
-# from which on it is right.
-_CLOSED_EYE, _OPEN_EYE = 0.08, 0.22
+# Beyond so many sigmas distances lose influence. Closed eyes and mouths are far from the open ones
+# that a fit begins with, yet no outliers.
+_PAIR_ROBUST_SCALE = 12.0
+# The network plays closing eyes down: height by width of eyes as it sees them, and as they are,
+# from renderings of two head models that blink. From 0.26 on it is right.
+_SEEN_OPENNESS = (0.0, 0.08, 0.15, 0.18, 0.22, 0.26, 1.0)
+_TRUE_OPENNESS = (0.0, 0.02, 0.04, 0.09, 0.155, 0.26, 1.0)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ class Measurements:
 
     Attributes:
         frame (O,), camera (O,): what every observation shows.
-        points (O, 478, 3), pixels (O, N, 2): landmarks; trust (O,); size (O,): of the face, pixels.
+        points (O, 478, 3): landmarks as seen; pixels (O, N, 2): with the lids as they are.
+        trust (O,); size (O,): of the face, pixels.
+        variance (N,): of the landmarks seen from ahead, relative to the face.
         center (C, 2): principal points.
     """
 
@@ -141,21 +146,23 @@ class Measurements:
         if set(range(num_frames)) - set(self.frame.tolist()):
             raise ValueError("every frame needs an observation")
         self.points = np.stack([o.points for o in observations])
-        self.pixels = self.points[:, : model.num_points, :2]
+        self.pixels = with_true_lids(self.points)[:, : model.num_points, :2]
         self.trust = np.array([o.weight for o in observations])
         self.outlines = [o.outline for o in observations]
         low, high = self.pixels.min(axis=1), self.pixels.max(axis=1)
         self.size = (high - low).max(axis=1)
-        sigma = np.hypot(_PIXEL_SIGMA, model.spread / model.face_size)
-        self.precision = 1.0 / sigma**2
-        self.base_weight = self.precision * model.density_weight / _CORRELATED
+        self.variance = _PIXEL_SIGMA**2 + (model.spread / model.face_size) ** 2
+        self.base_weight = model.density_weight / self.variance / _CORRELATED
         centers = [c.center or (c.size[1] / 2, c.size[0] / 2) for c in self.cameras]
         self.center = np.array(centers)
         self.pair_precision = 1.0 / _PAIR_SIGMA**2
-        self.pair_targets = pair_targets(self.points)
+        first, second = LID_AND_LIP_PAIRS.T
+        self.pair_targets: Array = self.pixels[:, first] - self.pixels[:, second]
 
     offset: Array | float = 0.0
     """Shift (T, N, 3) of the landmarks by turned eyes, if known."""
+    tolerance: float = 1.0
+    """How much larger residuals may be before they lose influence, in multiples of the usual."""
 
     def camera_points(self, state: LandmarkFit) -> tuple[Array, Array, Array, Array]:
         """Own-frame points (T, N, 3); turned (O, N, 3); camera (O, N, 3); pixels (O, N, 2)."""
@@ -195,11 +202,29 @@ class Measurements:
         visible: Array = np.clip((cosine + 0.1) / 0.4, 0.0, 1.0) ** 2
         return visible
 
-    def weights(self, state: LandmarkFit, camera: Array, residual: Array) -> Array:
-        """(O, N) influence of every landmark: its precision, visibility and robust weight."""
-        base = self.base_weight * self.visibility(state, camera) * self.trust[:, None]
-        square = (residual**2).sum(-1) * self.precision
-        weights: Array = base / (1.0 + square / _ROBUST_SCALE**2) ** 2
+    def whitening(self, state: LandmarkFit) -> Array:
+        """(O, N, 2, 2) symmetric matrices that turn residuals into multiples of their error.
+
+        Landmarks of the contour slide along it when the head is tilted: along it they say little.
+        """
+        rotation = self._sight_rotation(state)
+        covariance = self.model.view_scatter(rotation) / self.model.face_size**2
+        covariance *= [[1.0, -1.0], [-1.0, 1.0]]  # y down, as in the picture
+        covariance += self.variance[:, None, None] * np.eye(2)
+        # Inverse square root of a symmetric 2 x 2 matrix in closed form.
+        root_determinant = np.sqrt(np.linalg.det(covariance))[..., None, None]
+        trace = np.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
+        root = (covariance + root_determinant * np.eye(2)) / np.sqrt(trace + 2 * root_determinant)
+        inverse: Array = np.linalg.inv(root)
+        return inverse
+
+    def weights(self, state: LandmarkFit, camera: Array, whitened: Array) -> Array:
+        """(O, N) influence of every whitened landmark: visibility and robust weight."""
+        base = self.model.density_weight / _CORRELATED * self.visibility(state, camera)
+        square = (whitened**2).sum(-1)
+        weights: Array = (
+            base * self.trust[:, None] / (1.0 + square / (self.tolerance * _ROBUST_SCALE) ** 2) ** 2
+        )
         return weights
 
     def pair_residual(self, pixels: Array) -> Array:
@@ -213,7 +238,7 @@ class Measurements:
         first, second = LID_AND_LIP_PAIRS.T
         visible = np.minimum(weight[:, first], weight[:, second])
         square = (residual**2).sum(-1) * self.pair_precision
-        robust = 1.0 / (1.0 + square / _PAIR_ROBUST_SCALE**2) ** 2
+        robust = 1.0 / (1.0 + square / (self.tolerance * _PAIR_ROBUST_SCALE) ** 2) ** 2
         pairs: Array = visible * robust * self.pair_precision / _CORRELATED
         return pairs * self.trust[:, None]
 
@@ -313,24 +338,24 @@ class Measurements:
         )
 
 
-def with_pairs(values: Array, axis: int = 0) -> Array:
-    """Values per landmark, followed by their differences over the lid and lip pairs."""
+def pairs_of(values: Array) -> Array:
+    """Differences (P, ...) of values per landmark (N, ...) over the lid and lip pairs."""
     first, second = LID_AND_LIP_PAIRS.T
-    difference = np.take(values, first, axis) - np.take(values, second, axis)
-    return np.concatenate([values, difference], axis)
+    difference: Array = values[first] - values[second]
+    return difference
 
 
-def pair_targets(points: Array) -> Array:
-    """(O, P, 2) distances between lids and between lips in the pictures, closed eyes closed."""
-    first, second = LID_AND_LIP_PAIRS.T
-    targets: Array = points[:, first, :2] - points[:, second, :2]
+def with_true_lids(points: Array) -> Array:
+    """Landmarks (O, 478, 3) with the upper lids where the eyes are as open as they really are."""
+    corrected = points.copy()
     half = _NUM_LID_PAIRS // 2
     for o, landmarks in enumerate(points):
         for eye, openness in enumerate(eye_openness(landmarks[:, :2])):
-            if openness < _OPEN_EYE:
-                gap = (openness - _CLOSED_EYE) / (_OPEN_EYE - _CLOSED_EYE) * _OPEN_EYE
-                targets[o, eye * half : (eye + 1) * half] *= max(gap, 0.0) / max(openness, 1e-6)
-    return targets
+            upper, lower = LID_AND_LIP_PAIRS[eye * half : (eye + 1) * half].T
+            share = np.interp(openness, _SEEN_OPENNESS, _TRUE_OPENNESS) / max(openness, 1e-6)
+            gap = landmarks[upper, :2] - landmarks[lower, :2]
+            corrected[o, upper, :2] = landmarks[lower, :2] + min(share, 1.0) * gap
+    return corrected
 
 
 def turn_towards(directions: Array) -> Array:

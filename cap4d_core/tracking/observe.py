@@ -186,10 +186,10 @@ class FaceObserver:
             seen.problem = f"face too small ({side:.0f} px; at least {MIN_FACE_PX:.0f} are needed)"
         elif self._is_upside_down(image, found, detections):
             seen.problem = "face upside down; turn the picture"
-        elif abs(roll) > MAX_ROLL_DEG:
-            seen.problem = f"face lies on its side ({roll:.0f} degrees); turn the picture"
         elif found.score < MIN_SCORE:
             seen.problem = f"no clear face (confidence {found.score:.2f}): hidden or turned away"
+        elif abs(roll) > MAX_ROLL_DEG:
+            seen.problem = f"face lies on its side ({roll:.0f} degrees); turn the picture"
         elif found.asymmetry > MAX_ASYMMETRY:
             seen.problem = "landmarks uncertain: face hidden, blurred or turned away"
         elif seen.sharpness < BLURRED:

@@ -5,15 +5,21 @@ that appear under its landmarks, averaged over the views that see them well, are
 of the network's face mesh to the model. This needs no hand-made table, so it serves any head model
 in FLAME's format. How far the views disagree tells how well a landmark is defined on the surface.
 
+Lips need an open mouth: closed, upper and lower lip are one and the same place. All else needs a
+closed one, as most photos show: with the mouth open the network puts the chin higher on the skin.
+So the mouth is opened (by the jaw joint) or closed (by the expressions), whatever the template has.
+
 Further renderings tell what the network does wrong on turned heads, and where it puts the landmarks
-of the hidden side. On tilted heads, too, it errs on renderings (it answers to three quarters of a
-tilt), but taking that back made photos worse, so what is measured is averaged over tilts.
+of the hidden side. When a head is tilted, landmarks of the contour slide along it, those of the
+eyes, nose and mouth stay. How the errors differ between tilts and with an open mouth is kept as
+uncertainty, their mean as error.
 
 Conventions: as in cap4d_core.tracking.template_views.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -29,6 +35,7 @@ from cap4d_core.tracking.correspondence import (
     Correspondence,
 )
 from cap4d_core.tracking.detector import FaceDetector
+from cap4d_core.tracking.landmark_model import mouth_expression
 from cap4d_core.tracking.landmark_topology import CONTOURS, NUM_MESH_POINTS
 from cap4d_core.tracking.landmarks import (
     LandmarkNetwork,
@@ -66,6 +73,8 @@ _OPEN_LIPS, _JAW_ANGLE = 0.12, np.deg2rad(12.0)
 # Larger shifts than this show a network that is lost rather than one that is a little off.
 _MAX_BIAS_M = 0.005
 _BIAS_PITCH_DEG = (-22.0, 0.0, 22.0)
+# Share of pictures with an open mouth.
+_OPEN_SHARE = 0.25
 
 
 def compute_correspondence(
@@ -89,12 +98,49 @@ def compute_correspondence(
     vertices = template_vertices(model)
     for part, shift in zip(EYEBALLS, sunken_eyes(vertices), strict=True):
         vertices[part] += shift
-    if (
-        _lip_gap(render_view(vertices, faces, paint(vertices), 0, 0), detector, network)
-        < _OPEN_LIPS
-    ):
-        # On closed lips the landmarks of upper and lower lip would be one and the same place.
-        vertices = open_jaw(model, vertices, _JAW_ANGLE)
+    look = render_view(vertices, faces, paint(vertices), 0, 0)
+    skin = np.flatnonzero((faces < NUM_SKIN_VERTICES).all(1))
+    is_closed = _lip_gap(look, detector, network) < _OPEN_LIPS
+    opened = open_jaw(model, vertices, _JAW_ANGLE) if is_closed else vertices
+    placed, open_spread, _ = _place(opened, faces, detector, network, source)
+    index, weights, points = closest_on_surface(placed, opened, faces, skin)
+    closed = vertices if is_closed else _close_mouth(model, vertices, index, weights, points)
+    placed, spread, picture = _place(closed, faces, detector, network, source)
+    others, other_weights, _ = closest_on_surface(placed, closed, faces, skin)
+    no_lips = np.setdiff1d(np.arange(len(index)), network.lips)
+    index[no_lips], weights[no_lips] = others[no_lips], other_weights[no_lips]
+    spread[network.lips] = open_spread[network.lips]
+
+    def on(surface: Array) -> Array:
+        points: Array = (surface[faces[index]] * weights[..., None]).sum(1)
+        return points
+
+    still = _errors(closed, faces, on(closed), network, _BIAS_PITCH_DEG)
+    talking = _errors(opened, faces, on(opened), network, (0.0,))
+    bias, scatter = _bias_and_scatter(still, talking)
+    return Correspondence(index, weights, spread, on(vertices), bias, scatter, picture)
+
+
+def _close_mouth(
+    model: HeadModel, vertices: Array, index: NDArray[np.int64], weights: Array, points: Array
+) -> Array:
+    """Vertices with the likeliest expression that closes the lips; see `mouth_expression`."""
+    count = model.num_expr
+    basis = model.pose_basis[:count].double().numpy().reshape(count, 3, -1).transpose(2, 1, 0)
+    corners = basis[model.faces.numpy()[index]]
+    expression = mouth_expression(points, np.einsum("nbce,nb->nce", corners, weights))
+    closed: Array = vertices + basis @ expression
+    return closed
+
+
+def _place(
+    vertices: Array,
+    faces: NDArray[np.int64],
+    detector: FaceDetector,
+    network: LandmarkNetwork,
+    source: str | Path,
+) -> tuple[Array, Array, NDArray[np.uint8]]:
+    """Landmarks near a surface (N, 3), their spread (N,) and a picture of the frontal view."""
     albedo = paint(vertices)
     hits, weights, shapes = [], [], []
     picture = np.full((8, 8, 3), 255, np.uint8)
@@ -120,24 +166,21 @@ def compute_correspondence(
         )
     place, weight = np.stack(hits), np.stack(weights)
     mean, spread = _register(place, weight, np.stack(shapes))
-    skin = np.flatnonzero((faces < NUM_SKIN_VERTICES).all(1))
-    index, barycentrics, points = closest_on_surface(mean, vertices, faces, skin)
-    bias = _measure_bias(vertices, faces, albedo, points, network)
-    return Correspondence(index, barycentrics, spread, points, bias, picture)
+    return mean, spread, picture
 
 
-def _measure_bias(
+def _errors(
     vertices: Array,
     faces: NDArray[np.int64],
-    albedo: Array,
     points: Array,
     network: LandmarkNetwork,
+    pitches: Sequence[float],
 ) -> Array:
-    """(Y, 468, 2) metres; yaws at which the network is lost take the next one's values."""
-    bias = np.full((len(BIAS_YAW_DEG), len(points), 2), np.nan)
+    """(Y, P, 468, 2) metres for the yaws of BIAS_YAW_DEG; NaN where the network is lost."""
+    albedo = paint(vertices)
+    errors = np.full((len(BIAS_YAW_DEG), len(pitches), len(points), 2), np.nan)
     for i, yaw in enumerate(BIAS_YAW_DEG):
-        seen = []
-        for pitch in _BIAS_PITCH_DEG:
+        for j, pitch in enumerate(pitches):
             view = render_view(vertices, faces, albedo, yaw, pitch)
             expected = view.project(points)
             region = region_of_landmarks(np.pad(expected, ((0, 10), (0, 0))))
@@ -146,16 +189,35 @@ def _measure_bias(
             lost = np.median(np.linalg.norm(offset, axis=1)) > 0.12 * region.side
             if result.score > 0.5 and not lost:
                 metres = offset * expected[:, 2:] / (FOCAL * PICTURE_SIDE)
-                seen.append(metres * [1.0, -1.0])
-        if seen:
-            mean = np.mean(seen, axis=0)
-            size = np.linalg.norm(mean, axis=-1, keepdims=True)
-            bias[i] = mean * np.minimum(1.0, _MAX_BIAS_M / np.maximum(size, 1e-9))
-    known = np.flatnonzero(np.isfinite(bias[:, 0, 0]))
+                errors[i, j] = metres * [1.0, -1.0]
+    return errors
+
+
+def _bias_and_scatter(still: Array, talking: Array) -> tuple[Array, Array]:
+    """Mean errors (Y, 468, 2) and the covariances (Y, 468, 3) of what differs from them.
+
+    Yaws at which the network is lost take the next one's values.
+
+    Args:
+        still: (Y, P, 468, 2) errors at several pitches with the mouth closed.
+        talking: (Y, 1, 468, 2) with the mouth open.
+    """
+    bias, scatter = np.zeros_like(still[:, 0]), np.zeros((*still[:, 0].shape[:2], 3))
+    seen = np.isfinite(still[:, :, 0, 0])
+    known = np.flatnonzero(seen.any(1))
+    for i in known:
+        mean = still[i, seen[i]].mean(0)
+        size = np.linalg.norm(mean, axis=-1, keepdims=True)
+        bias[i] = mean * np.minimum(1.0, _MAX_BIAS_M / np.maximum(size, 1e-9))
+        rest = still[i, seen[i]] - bias[i]
+        covariance = (rest[..., [0, 0, 1]] * rest[..., [0, 1, 1]]).mean(0)
+        open_rest = np.nan_to_num(talking[i, 0] - bias[i])
+        covariance += _OPEN_SHARE * open_rest[..., [0, 0, 1]] * open_rest[..., [0, 1, 1]]
+        scatter[i] = covariance
     if not len(known):
-        return np.zeros_like(bias)
+        return bias, scatter
     nearest = known[np.abs(known[None] - np.arange(len(bias))[:, None]).argmin(1)]
-    return bias[nearest]
+    return bias[nearest], scatter[nearest]
 
 
 def _lip_gap(view: TemplateView, detector: FaceDetector, network: LandmarkNetwork) -> float:

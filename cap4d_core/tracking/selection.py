@@ -3,7 +3,7 @@
 Rule: the first reference is the most frontal of the sharp frames with open eyes. Then, again and
 again, the frame that differs most from all chosen ones, in head pose (relative to the camera) and
 expression; blurred frames and closed eyes count as less different. It stops at the limit, and in
-videos when everything left looks like something chosen.
+videos when everything left repeats something chosen.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ Array = NDArray[np.float64]
 
 # One unit of difference: 20 degrees of head turn, or an expression of this length.
 _ANGLE_DEG, _EXPRESSION = 20.0, 4.0
-# Videos: frames closer than this to a chosen one add nothing.
-MIN_DIFFERENCE = 0.12
+# Videos: frames closer than this to a chosen one repeat it. From every other one an avatar that is
+# fitted on a video alone learns something.
+MIN_DIFFERENCE = 0.02
 # Sharp enough to be first: this share of the median sharpness.
 _SHARP_SHARE = 0.7
 

@@ -22,7 +22,13 @@ from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.tracking import write_fit, write_reference_list, write_trajectory
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import TrackingSettings
-from cap4d_core.tracking.fit_frames import TrackedFrames, TrackerSetup, fit_external, fit_usable
+from cap4d_core.tracking.fit_frames import (
+    TrackedFrames,
+    TrackerSetup,
+    fit_external,
+    fit_usable,
+    usual_asymmetry,
+)
 from cap4d_core.tracking.observe import Observed
 from cap4d_core.tracking.pixel3dmm_installation import Installation, find_installation
 from cap4d_core.tracking.quality import head_angles
@@ -39,8 +45,6 @@ from cap4d_core.tracking.video_input import Recording, open_recording
 PIXEL3DMM_FOLDER = "pixel3dmm"
 # Reference videos longer than this are thinned out.
 REFERENCE_FRAME_LIMIT = 300
-# Mirror disagreement that speaks for something in front of the face: at 0 and per degree of yaw.
-_OCCLUDED, _OCCLUDED_PER_DEGREE = 0.010, 0.0002
 
 
 @contextlib.contextmanager
@@ -197,19 +201,13 @@ def _choose_references(
     for o in used:
         yaw, pitch = head_angles(result.tracking, result.row[o.timestep], o.camera)
         assert o.landmarks is not None  # used frames have landmarks
-        if o.landmarks.asymmetry > _OCCLUDED + _OCCLUDED_PER_DEGREE * abs(yaw):
+        if o.landmarks.asymmetry > usual_asymmetry(yaw):
             o.flags.append("part of the face may be hidden")
         expr = result.tracking.expr[result.row[o.timestep]].astype(np.float64)
         candidates.append(
             Candidate(o.camera, o.timestep, yaw, pitch, expr, o.sharpness, o.eyes_closed)
         )
-    if recording.continuous and any(not c.eyes_closed for c in candidates):
-        keep = [i for i, c in enumerate(candidates) if not c.eyes_closed]
-    else:
-        keep = list(range(len(candidates)))
     chosen = select_references(
-        [candidates[i] for i in keep],
-        settings.max_references,
-        MIN_DIFFERENCE if recording.continuous else 0.0,
+        candidates, settings.max_references, MIN_DIFFERENCE if recording.continuous else 0.0
     )
-    return [used[keep[i]] for i in chosen]
+    return [used[i] for i in chosen]

@@ -18,13 +18,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
+from cap4d_core.demo.capture import head_poses, make_fit
+from cap4d_core.demo.family import views_of
+from cap4d_core.demo.rendering import SubjectRenderer
+from cap4d_core.demo.subject import make_subject
 from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.basic import write_json
-from cap4d_core.files.images import read_grey, read_rgb
+from cap4d_core.files.images import read_grey, read_rgb, to_uint8
 from cap4d_core.files.tracking import read_fit, read_tracked_subject, read_trajectory
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.progress import Progress
 from cap4d_core.settings import TrackingSettings
+from cap4d_core.tracking import fit_frames
 from cap4d_core.tracking.correspondence import load_or_compute
 from cap4d_core.tracking.detector import FaceDetector
 from cap4d_core.tracking.landmarks import LandmarkNetwork
@@ -294,6 +299,39 @@ def _tiny() -> Picture:
 def test_unusable_pictures_say_why(make, message: str) -> None:
     seen = _look(make())
     assert seen.problem is not None and re.search(message, seen.problem), seen
+
+
+def test_profiles_and_backs_of_the_head_are_refused() -> None:
+    yaw = np.array([80.0, 90.0, 120.0])
+    rot, tra = head_poses(yaw, np.zeros(3), np.zeros(3), np.zeros((3, 3)))
+    still = np.zeros((3, 65)), np.zeros((3, 3))
+    fit = make_fit(make_subject(5).shape, *still, rot, tra, 320, None)
+    renderer = SubjectRenderer(make_subject(5), "cpu")
+    for picture in renderer.render(views_of(fit), (320, 320), supersample=1).rgb.numpy():
+        seen = _look(to_uint8(picture))
+        assert seen.problem is not None and re.search("no clear face|no face found", seen.problem)
+
+
+def test_hidden_faces_are_left_out_and_partly_hidden_ones_flagged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = frontal_picture()
+    box = _look(picture).face_box
+    assert box is not None
+    x0, y0, x1, y1 = (int(side) for side in box)
+    mask, scarf = picture.copy(), picture.copy()
+    mask[y0 + int(0.3 * (y1 - y0)) : y1 + 20, x0 - 20 : x1 + 20] = 90
+    scarf[y0 + int(0.4 * (y1 - y0)) : y1 + 20, x0 - 20 : x1 + 20] = 90
+    for name, image in (("0_whole", picture), ("1_mask", mask), ("2_scarf", scarf)):
+        save(tmp_path / f"in/{name}.png", image)
+    monkeypatch.setattr(fit_frames, "_HIDDEN", 4.0)
+    whole, hidden, partly = _track(tmp_path / "in", tmp_path / "out")["frames"]
+    assert whole["used"] and not any("hidden" in flag for flag in whole["flags"])
+    assert "landmarks uncertain: face hidden" in hidden["left_out"]
+    assert partly["used"] and "part of the face may be hidden" in partly["flags"]
+    monkeypatch.setattr(fit_frames, "_HIDDEN", 1.0)
+    whole, _, partly = _track(tmp_path / "in", tmp_path / "again")["frames"]
+    assert whole["used"] and "part of the face is hidden (mirror" in partly["left_out"]
 
 
 def test_closed_eyes_and_small_faces_are_flagged_but_used() -> None:
