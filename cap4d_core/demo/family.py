@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cap4d_core.child_process import end_with_parent
 from cap4d_core.demo import expressions
 from cap4d_core.demo.capture import MAX_PITCH, MAX_YAW, head_poses, make_fit
 from cap4d_core.demo.crop_cameras import crop_boxes, cropped
@@ -127,6 +128,7 @@ def subject_pool(processes: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     build_demo_head()
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,32 @@ def test_processes_do_what_accumulation_does(tmp_path: Path) -> None:
     assert moved > 1e-4
     losses = [[e["loss"] for e in read_records(f / "metrics.jsonl")] for f in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """A killed parent leaves neither training processes nor makers of people behind."""
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "tests.core.training_runs", "wait", str(tmp_path)], cwd=ROOT
+    )
+    end = time.monotonic() + 240
+    while len(files := list(tmp_path.glob("*.txt"))) < 2:
+        assert time.monotonic() < end and parent.poll() is None
+        time.sleep(0.1)
+    children = [int(pid) for file in files for pid in file.read_text().split()]
+    assert len(children) == 4 and all(map(is_running, children))
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(map(is_running, children)):
+        assert time.monotonic() < end, [pid for pid in children if is_running(pid)]
+        time.sleep(0.1)

@@ -1,6 +1,7 @@
 """A training run of seconds, here or in a process that is killed in the middle.
 
 python -m tests.core.training_runs OUTPUT STEP    # dies after that step of the denoiser
+    python -m tests.core.training_runs wait FOLDER  # two processes that do nothing
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from cap4d_core.avatar.lpips import Lpips
+from cap4d_core.demo.family import subject_pool
+from cap4d_core.diffusion.training.launch import launch
+from cap4d_core.diffusion.training.processes import Group
 from cap4d_core.diffusion.training.train import train_mmdm
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.training_settings import TrainingSettings
@@ -72,7 +77,19 @@ def train(output: Path, callback: ProgressCallback | None = None) -> None:
     )
 
 
+def wait_for_ever(group: Group, device: torch.device, folder: Path) -> None:
+    """Says who it is and who makes people for it, as in training."""
+    with subject_pool(1) as pool:
+        worker = pool.submit(os.getpid).result()
+        (folder / f"{group.rank}.part").write_text(f"{os.getpid()} {worker}")
+        os.replace(folder / f"{group.rank}.part", folder / f"{group.rank}.txt")
+        time.sleep(600)
+
+
 def main() -> None:
+    if sys.argv[1] == "wait":
+        launch(wait_for_ever, (Path(sys.argv[2]),), 2, torch.device("cpu"), 2)
+        return
     output, last = Path(sys.argv[1]), int(sys.argv[2])
 
     def die(progress: Progress) -> None:

@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+from cap4d_core.child_process import end_with_parent
 from cap4d_core.diffusion.training.processes import Group
 from cap4d_core.errors import DeadlineError, DivergedError, UserError
 
@@ -77,6 +78,7 @@ def _process(
     rank: int, size: int, port: int, device_type: str, threads: int, errors: Any, work: Work,
     arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
+    end_with_parent()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR,
         format=f"%(asctime)s %(levelname)-7s [{rank}] %(message)s",
