@@ -18,6 +18,7 @@ from cap4d_core.avatar.gaussians import GaussianAvatar
 from cap4d_core.avatar.image_data import load_image_data
 from cap4d_core.avatar.lpips import Lpips
 from cap4d_core.avatar.lpips_fast import FastLpips, TargetFeatures
+from cap4d_core.avatar.optimizers import set_rates
 from cap4d_core.avatar.schedules import is_due
 from cap4d_core.avatar.training import AvatarTrainer
 from cap4d_core.flame.model import HeadModel
@@ -98,6 +99,18 @@ def test_iterations_count_views() -> None:
     assert trainer.num_splits == 5
     assert trainer.neck_adam is not None and trainer.neck_adam.steps == 5
     assert trainer.avatar.active_sh_degree == 3
+
+
+def test_rates_are_linear_in_the_batch_at_first_and_its_root_at_last() -> None:
+    one, eight = _trainer(iterations=80), _trainer(iterations=80, batch_size=8)
+    for iteration, factor in ((0, 8.0), (40, 8**0.75), (80, 8**0.5), (88, 8**0.5)):
+        for trainer in (one, eight):
+            set_rates(iteration, trainer.settings, trainer.adam, trainer.neck_adam)
+        for a, b in zip(one.adam.param_groups, eight.adam.param_groups, strict=True):
+            assert b["lr"] == pytest.approx(factor * a["lr"]) and a["lr"] > 0
+        assert one.neck_adam is not None and eight.neck_adam is not None
+        assert eight.neck_adam.lr == pytest.approx(factor * one.neck_adam.lr)
+    assert eight.adam.param_groups[0]["betas"] == (0.5, pytest.approx(0.992))
 
 
 def test_parity_takes_one_view_per_step() -> None:
