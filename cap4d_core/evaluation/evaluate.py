@@ -174,7 +174,7 @@ def evaluate_avatar(
                 f"{result.view}: avatar {result.psnr:.1f} dB, nearest reference "
                 f"{result.baseline_psnr:.1f} dB ({result.angle_to_reference_deg:.0f}° away)"
             )
-            comparisons.append(Comparison(caption, (truth, image, baseline)))
+            comparisons.append(Comparison((caption,), (truth, image, baseline)))
         if callback:
             callback(Progress(number + 1, len(items), "view", {"psnr": result.psnr}))
     absent = {}

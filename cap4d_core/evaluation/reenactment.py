@@ -264,8 +264,8 @@ def _write_pictures(
     rows = []
     for first in range(0, len(pictures), COLUMNS):
         part = slice(first, first + COLUMNS)
-        rows.append(Comparison("   |   ".join(texts[part]), tuple(pictures[part])))
-    write_side_by_side(path, ("avatar, driven", *[""] * (COLUMNS - 1)), rows)
+        rows.append(Comparison(tuple(texts[part]), tuple(pictures[part])))
+    write_side_by_side(path, ("", "avatar, driven", *[""] * (COLUMNS - 2)), rows)
 
 
 def _caption(frame: dict[str, Any]) -> str:

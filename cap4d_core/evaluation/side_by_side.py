@@ -17,16 +17,19 @@ GAP, CAPTION_HEIGHT, FONT_SIZE = 6, 22, 14
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row: a caption and images (H, W, 3) in 0..1, all of one size."""
+    """One row: images (H, W, 3) in 0..1, all of one size, and captions under them from the left.
 
-    caption: str
+    A caption may be wider than its image where none follows.
+    """
+
+    captions: tuple[str, ...]
     images: tuple[Tensor, ...]
 
 
 def write_side_by_side(
     path: str | Path, titles: Sequence[str], rows: Sequence[Comparison], side: int = 320
 ) -> None:
-    """Writes rows of equally wide images with a title over each column, a caption under each row.
+    """Writes rows of equally wide images with titles over columns and captions under images.
 
     Args:
         path: picture to write.
@@ -51,6 +54,7 @@ def write_side_by_side(
             height = round(side * picture.height / picture.width)
             picture = picture.resize((side, height), method)
             sheet.paste(picture, (GAP + column * (side + GAP), top))
-        draw.text((GAP, top + side + 2), row.caption, "black", font)
+        for column, caption in enumerate(row.captions):
+            draw.text((GAP + column * (side + GAP), top + side + 2), caption, "black", font)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
