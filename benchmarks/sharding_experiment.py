@@ -14,7 +14,9 @@ in the workflow, sampled in every setting, and compared with true pictures of th
     avatar_psnr    of an avatar fitted on the views, on held-out views (with --avatars)
 
 Results are written after every setting; the same command goes on where the last one stopped, also
-when `--seconds` ran out. Needs torch, diffusers, scipy, OpenCV, Pillow; `--plot` also matplotlib.
+when `--seconds` ran out. Several cards can share the work: each gets other --parts, --references or
+--seeds and a --json of its own, and --plot takes them all. Needs torch, diffusers, scipy, OpenCV,
+Pillow; `--plot` also matplotlib.
 """
 
 from __future__ import annotations

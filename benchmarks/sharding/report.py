@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,45 @@ do to the sampled views, measured on demo people that the network was never trai
 pictures of the same views. How: `benchmarks/sharding_experiment.py`.
 
 """
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several, which measured other settings or other people with the same weights.
+
+    What two parts measured of the same person in the same setting is taken from the first.
+
+    Raises:
+        SystemExit: parts of another experiment.
+    """
+    whole = {key: parts[0][key] for key in (*SHARED, "machine")}
+    whole |= {"worlds": {}, "settings": {}}
+    for part in parts:
+        different = [key for key in SHARED if part[key] != whole[key]]
+        if different:
+            raise SystemExit(f"Results of different experiments: {', '.join(different)} differ.")
+        for references, people in part["worlds"].items():
+            _add_people(whole["worlds"].setdefault(references, []), people)
+        for key, setting in part["settings"].items():
+            found = whole["settings"].setdefault(key, {**setting, "subjects": []})
+            _add_people(found["subjects"], setting["subjects"])
+    whole["seeds"] = sorted({seed for part in parts for seed in part["seeds"]})
+    whole["references"] = sorted({count for part in parts for count in part["references"]})
+    return whole
+
+
+# Equal in all parts of an experiment.
+SHARED = ("format", "weights", "views", "num_views", "steps", "guidance")
+
+
+def _add_people(known: list[dict[str, Any]], people: Sequence[dict[str, Any]]) -> None:
+    by_seed = {person["seed"]: person for person in known}
+    for person in people:
+        if person["seed"] not in by_seed:
+            known.append(dict(person))
+            continue
+        mine = by_seed[person["seed"]]
+        mine |= {key: value for key, value in person.items() if key not in mine}
+    known.sort(key=lambda person: person["seed"])
 
 
 class Results:
@@ -249,17 +288,22 @@ def references_table(results: Results) -> str:
     return table(["references", *COLUMNS.values()], rows)
 
 
-def write_report(path: Path, docs: Path, pictures: Path | None) -> None:
+def read_results(paths: Sequence[Path]) -> dict[str, Any]:
+    """Results of one or several files."""
+    return merged([json.loads(path.read_text("utf-8")) for path in paths])
+
+
+def write_report(paths: Sequence[Path], docs: Path, pictures: Path | None) -> None:
     """Writes plots, and the measured part of docs/sharding.md between its markers.
 
     Args:
-        path: results.
+        paths: results; of several runs of the experiment if settings or people were shared out.
         docs: folder of the documentation.
         pictures: folder with the rows of views; None = show none.
     """
     from benchmarks.sharding.plots import plot_shards, plot_steps, write_views
 
-    results = Results(json.loads(path.read_text("utf-8")))
+    results = Results(read_results(paths))
     (docs / PICTURES).mkdir(parents=True, exist_ok=True)
     plot_shards(results, docs / PICTURES / "sharding_shards.png")
     plot_steps(results, docs / PICTURES / "sharding_steps.png")

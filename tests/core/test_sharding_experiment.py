@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.sharding.report import BEGIN, END, write_report
+from benchmarks.sharding.report import BEGIN, END, merged, write_report
 from benchmarks.sharding.sampling import ShardedGrouping, sample
 from benchmarks.sharding.settings import Setting, planned
 from benchmarks.sharding.world import common_view_count, conditioning_of
@@ -94,6 +94,31 @@ def test_every_setting_has_a_name_of_its_own() -> None:
     assert common_view_count(200, 8, [1, 4], 8) == 224
 
 
+def result_part(seeds: list[int], **figures: float) -> dict[str, Any]:
+    people = [{"seed": seed, "psnr": 20.0 + seed, **figures} for seed in seeds]
+    return {
+        "format": 1, "weights": "w", "views": 8, "num_views": 8, "steps": 50, "guidance": 1.0,
+        "seeds": seeds, "references": [1], "machine": "card", "worlds": {"refs1": people},
+        "settings": {"a": {"key": "a", "seconds": 1.0, "subjects": people}},
+    }  # fmt: skip
+
+
+def test_parts_that_were_shared_out_become_one() -> None:
+    """People and figures are joined; what two parts have is the first one's."""
+    parts = [result_part([2, 1]), result_part([3]), result_part([2], psnr=0.0, avatar_psnr=25.0)]
+    whole = merged(parts)
+    assert whole["seeds"] == [1, 2, 3]
+    assert whole["settings"]["a"]["subjects"] == [
+        {"seed": 1, "psnr": 21.0},
+        {"seed": 2, "psnr": 22.0, "avatar_psnr": 25.0},
+        {"seed": 3, "psnr": 23.0},
+    ]
+    assert [person["seed"] for person in whole["worlds"]["refs1"]] == [1, 2, 3]
+    assert parts[0] == result_part([2, 1])  # nothing was changed in place
+    with pytest.raises(SystemExit, match="weights differ"):
+        merged([parts[0], {**parts[1], "weights": "others"}])
+
+
 # Runs the command as on a machine with a GPU, which lacks some packages: importing them fails.
 BLOCKED = """
 import runpy, sys
@@ -141,7 +166,7 @@ def test_the_command_measures_resumes_and_reports(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "sharding.md").write_text(f"Mine.\n{BEGIN}\nold\n{END}\nMine too.\n", "utf-8")
-    write_report(results, docs, tmp_path / "rows")
+    write_report([results], docs, tmp_path / "rows")
     page = (docs / "sharding.md").read_text("utf-8")
     assert page.startswith("Mine.\n") and page.endswith("\nMine too.\n") and "old" not in page
     one_shard = content["settings"]["refs1_shards1_none_ddim10_guidance2"]["subjects"][0]
