@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.demo_data import demo_head, demo_views
 from cap4d_core.avatar.fit_report import evaluate_views, write_preview
@@ -104,8 +103,16 @@ def settings_of(arguments: argparse.Namespace, run: str, seed: int) -> FittingSe
     values |= {"iterations": arguments.views, "seed": seed, "parity": run == "parity"}
     if run != "parity":
         values["batch_size"] = int(run)
-    values |= {key: yaml.safe_load(value) for key, value in (s.split("=") for s in arguments.set)}
+    values |= {key: value_of(text) for key, text in (s.split("=", 1) for s in arguments.set)}
     return FittingSettings(**values)
+
+
+def value_of(text: str) -> Any:
+    """JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def measure(arguments: argparse.Namespace, folder: Path, run: str, subject: int) -> dict[str, Any]:
