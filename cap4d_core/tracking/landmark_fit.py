@@ -52,6 +52,8 @@ _FOCAL, _FOCAL_LOG_SIGMA = 2.0, 1.0
 _REFERENCE_FPS = 30.0
 _ACCELERATION = {"rot": np.deg2rad(0.55), "side": 0.0018, "depth": 0.0022, "expr": 0.33}
 _BLINK_ACCELERATION = 2.0
+# Landmarks of one person err alike in all frames, so beyond a few frames the shape gets no surer.
+_ALIKE = 2.0
 # Before expressions are found, an open mouth on a closed template, or the other way round, is far
 # away but no outlier: residuals lose influence gradually.
 _TOLERANCES = (4.0, 4.0, 4.0, 3.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -305,7 +307,7 @@ class LandmarkFitter(Measurements):
             frame_vector[:, 6:] += np.einsum("ti,tij->tj", state.expr, prior)
         num_shape = len(state.shape) if free.shape else 0
         if free.shape:
-            prior = np.eye(num_shape) + self.rigid_shape
+            prior = np.eye(num_shape) * (1.0 + len(self.frame) / _ALIKE) + self.rigid_shape
             shared_matrix[:num_shape, :num_shape] += prior
             shared_vector[:num_shape] += prior @ state.shape
         if not free.cameras:
