@@ -259,10 +259,12 @@ class LandmarkFitter(Measurements):
             own, shared = self.jacobians(
                 state, o, turned[o], camera[o], model.shape_basis, model.expression_basis, free
             )
-            rows = [np.concatenate([whitening[o] @ own, pairs_of(own)]).reshape(-1, size)]
+            own = np.concatenate([whitening[o] @ own, pairs_of(own)])
+            rows = [own.reshape(-1, size)]
             shared = np.concatenate([whitening[o] @ shared, pairs_of(shared)])
             shared_rows = [shared.reshape(len(rows[0]), shared_size)]
-            row_weights, errors = [np.repeat(weight[o], 2)], [residual[o].reshape(-1)]
+            row_weights = [np.repeat(weight[o], 2)]
+            errors: list[Array] = [residual[o].reshape(-1)]
             outline = self.outlines[o]
             if outline is not None:
                 part = self.outline_rows(state, o, outline, free)
