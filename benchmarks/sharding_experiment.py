@@ -1,7 +1,7 @@
 """What shards, rounds, solver, steps and references do to sampled views, on demo people.
 
     python -m benchmarks.sharding_experiment MMDM --json results.json [--seconds 540] ...
-    python -m benchmarks.sharding_experiment --plot results.json
+    python -m benchmarks.sharding_experiment --plot results.json [more.json ...]
 
 MMDM is a folder written by prepare_mmdm (or cap4d_core/demo/weights). People with the numbers
 `--seeds` (never trained on) are photographed once (1 reference) or four times, views are planned as
@@ -89,7 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time to spend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pictures", type=Path, help="folder of a row of views per setting")
-    parser.add_argument("--plot", type=Path, help="write docs from these results, measure nothing")
+    parser.add_argument(
+        "--plot", type=Path, nargs="+", help="write docs from these results, measure nothing"
+    )
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where --plot writes")
     arguments = parser.parse_args()
     if (arguments.mmdm is None) == (arguments.plot is None):

@@ -419,13 +419,13 @@ class SubjectSettings(StrictModel):
 # What each quality preset sets; every other key keeps its default. Released values, except `demo`.
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     # Minutes on two CPU cores: one photo of a procedural person, the small weights of their world.
-    # Ten steps suffice for these weights (benchmarks/README.md), without guidance.
+    # Ten steps and this guidance are best for these weights (docs/sharding.md).
     "demo": {
         "demo": {"num_references": 1},
         "sampling": {
             "num_views": 56,
             "num_inference_steps": 10,
-            "guidance_scale": 1.0,
+            "guidance_scale": 1.5,
             "resolution": 128,
             "num_shards": 2,
             "sync_steps": [0.06, 0.3],

@@ -259,7 +259,8 @@ class People:
         used = time.monotonic() - self.began
         late = time.monotonic() >= self.run.deadline
         enough = self.num_subjects >= FIRST_SUBJECTS and used >= self.run.seconds["data"]
-        return not self.futures or enough or late
+        # Those who are made already count: compiling can take longer than making people.
+        return not self.futures or late or (enough and not self.futures[0].done())
 
     def take(self) -> None:
         """Renders the next person, or closes."""
@@ -267,7 +268,8 @@ class People:
             self._close()
             return
         table = self.run.frames.random(self.futures.popleft().result(), self.data.demo_views)
-        self._submit()
+        if time.monotonic() - self.began < self.run.seconds["data"]:
+            self._submit()
         self.num_subjects += 1
         self._keep(table)
         self._open.append(table)
