@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 CORES ?= all
 # Test processes; a test file stays within one.
 WORKERS ?= 2
+# More words for pytest.
+PYTEST ?=
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test test-unit test-faults test-slurm lint real-run real-video install-pixel3dmm clean help
@@ -45,11 +47,11 @@ test-unit: $(STAMP)
 
 # Kills, full disks, damaged files: minutes each.
 test-faults: $(STAMP)
-	$(RUN) -m pytest -rs tests/faults
+	$(RUN) -m pytest -rs $(PYTEST) tests/faults
 
 # Installs Debian's SLURM where it is missing, and starts a cluster of two nodes with pretended GPUs.
 test-slurm: $(STAMP)
-	$(RUN) -m pytest -m slurm -rs tests/slurm
+	$(RUN) -m pytest -m slurm -rs --session-timeout 1800 $(PYTEST) tests/slurm
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
