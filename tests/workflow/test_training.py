@@ -16,19 +16,19 @@ from tests.workflow.snakemake_runs import job_counts, run_snakemake
 pytestmark = [pytest.mark.workflow, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, steps: int) -> Path:
     """The run of the unit tests without LPIPS, whose weights would have to be downloaded."""
     training = SETTINGS.model_dump(mode="json")
     training["autoencoder"]["perceptual_weight"] = 0.0
     for phase in ("autoencoder", "denoiser"):
-        training[phase]["steps"] = 2
+        training[phase]["steps"] = steps
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump({"head_model": {"path": "demo"}, "training": training}))
     return path
 
 
 def test_training_by_two_processes(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
+    config = str(write_config(tmp_path, steps=2))
     command = (
         "train_mmdm", "--cores", "2", "--resources", "gpu=2",
         "--set-resources", "train_mmdm:gpu=2", "--configfile", config,
@@ -48,7 +48,6 @@ def test_training_by_two_processes(tmp_path: Path) -> None:
     again = run_snakemake(tmp_path, *command)
     assert "Nothing to be done" in again.stdout
     # Longer training is other training.
-    text = Path(config).read_text()
-    Path(config).write_text(text.replace("steps: 2", "steps: 3"))
+    write_config(tmp_path, steps=3)
     changed = run_snakemake(tmp_path, *command, "-n", "--quiet", "rules")
     assert job_counts(changed.stdout).get("train_mmdm") == 1
