@@ -34,7 +34,7 @@ from cap4d_core.evaluation.identity import IdentityEncoder, mean_embedding
 from cap4d_core.evaluation.rendering import render_view
 from cap4d_core.evaluation.side_by_side import Comparison, write_side_by_side
 from cap4d_core.evaluation.stability import films_stability
-from cap4d_core.evaluation.tables import write_frames_csv
+from cap4d_core.evaluation.tables import write_frames_csv, write_frames_plot
 from cap4d_core.files.basic import write_json
 from cap4d_core.files.image_set import ImageSetItem, ViewParameters, read_image_set
 from cap4d_core.files.images import read_rgb, to_uint8
@@ -154,6 +154,7 @@ def evaluate_reenactment(
             metrics["truth"]["following"] = best.summary()
     write_json(output_dir / "metrics.json", metrics)
     write_frames_csv(output_dir / "frames.csv", frames)
+    write_frames_plot(output_dir / "metrics.png", frames)
     _write_pictures(output_dir / "side_by_side.png", reference_items[0], renders, frames)
     return metrics
 

@@ -18,6 +18,10 @@ _PANELS = (
     ("LPIPS", "lpips", "baseline_lpips"),
     ("landmark distance (% of the face)", "akd_percent", "baseline_akd_percent"),
     ("identity similarity", "identity_similarity", "baseline_identity_similarity"),
+    # Of driven avatars, which have no baseline.
+    ("head pose error (°)", "pose_deg_error", ""),
+    ("expression error (mm)", "expression_mm_error", ""),
+    ("gaze error (°)", "gaze_deg_error", ""),
 )
 
 
@@ -58,21 +62,26 @@ def _reasons(view: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_frames_plot(path: str | Path, views: Sequence[Mapping[str, Any]]) -> None:
-    """Plots what is measured over the views, avatar against the nearest reference."""
+    """Plots what is measured over the views, avatar against the nearest reference.
+
+    Of views without any figure the plot is empty.
+    """
     plt = _pyplot()
     panels = [panel for panel in _PANELS if any(panel[1] in view for view in views)]
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 1.9 * len(panels) + 0.5), squeeze=False, sharex=True
-    )
+    rows = max(1, len(panels))
+    figure, axes = plt.subplots(rows, 1, figsize=(9, 1.9 * rows + 0.5), squeeze=False, sharex=True)
     position = np.arange(len(views))
     marker = "o" if len(views) <= 50 else None
-    for axis, (title, name, baseline) in zip(axes[:, 0], panels, strict=True):
+    for axis, (title, name, baseline) in zip(axes[:, 0], panels, strict=False):
         for key, label in ((name, "avatar"), (baseline, "nearest reference")):
+            if not any(key in view for view in views):
+                continue
             values = [view.get(key, np.nan) for view in views]
             axis.plot(position, values, marker=marker, markersize=3, linewidth=1, label=label)
         axis.set_ylabel(title, fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    if panels:
+        axes[0, 0].legend(fontsize=8)
     axes[-1, 0].set_xlabel("view")
     _save(plt, figure, path)
 

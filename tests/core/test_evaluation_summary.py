@@ -40,6 +40,9 @@ def test_frames_become_a_table_with_reasons(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_frames_plot(tmp_path / "metrics.png", VIEWS)
     assert read_rgb(tmp_path / "metrics.png").std() > 5
+    # A driven avatar whose face was not found has a plot, too.
+    write_frames_plot(tmp_path / "nothing.png", [{"frame": 0}])
+    assert (tmp_path / "nothing.png").stat().st_size > 0
 
 
 def _metrics(path: Path, psnr: float, **more: Any) -> Path:

@@ -156,7 +156,7 @@ def test_performance_of_a_perfect_avatar(
     jitter = metrics["temporal"]["avatar"]["landmark_jitter"]
     assert jitter == pytest.approx(metrics["truth"]["temporal"]["truth"]["landmark_jitter"])
     assert len((tmp_path / "frames.csv").read_text("utf-8").splitlines()) == FRAMES + 1
-    for name in ("side_by_side.png", "truth/side_by_side.png", "truth/metrics.png"):
+    for name in ("metrics.png", "side_by_side.png", "truth/side_by_side.png", "truth/metrics.png"):
         assert read_rgb(tmp_path / name).std() > 5
 
 
