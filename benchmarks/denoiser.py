@@ -12,7 +12,7 @@ time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
 `step` shows), `-merged` folds enlargement into convolutions, `-compiled` is
-compiled ahead of time as in the jobs, `-jit` under torch.compile, `-graphs` also in CUDA graphs.
+compiled as in the jobs (`-library-compiled`: ahead of time), `-graphs` also in CUDA graphs.
 Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run twice to see the first call cold
 and warm.
 
@@ -176,11 +176,12 @@ def make_call(
         return fast.reference_features(clean, clean_maps, fast.time_biases(500), True)
 
     function: Callable[..., Any] = fast
-    if "graphs" in form or "jit" in form:
+    if "graphs" in form:
         function = torch.compile(fast.forward, **options)
     elif compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        function = CompiledDenoiser(fast, Path(kept) if kept else None, **(inductor or {}))
+        folder = Path(kept) if kept else None
+        function = CompiledDenoiser(fast, folder, "library" in form, **(inductor or {}))
     return lambda: function(latents, maps, biases, features, references, True), step
 
 

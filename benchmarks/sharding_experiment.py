@@ -331,7 +331,7 @@ class Experiment:
                 "compile": "on" if self.arguments.compile else "off",
             }
         )
-        route = choose_route(settings, self.device, calls, calls * self.arguments.steps)
+        route = choose_route(settings, self.device, calls, self.arguments.steps)
         return route_denoiser(model.denoiser, route), route.batches_per_call
 
     def _left(self) -> float:

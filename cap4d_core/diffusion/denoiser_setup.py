@@ -21,8 +21,8 @@ from cap4d_core.diffusion.network_setup import choose_batches_per_call, choose_p
 from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.settings import SamplingSettings
 
-# Compiling takes about a minute, once per kind of GPU, and saves about 15 ms per batch of views at
-# the released size on the fastest GPUs, more on others.
+# Compiling takes about a minute the first time and seconds from the cache, and saves about 15 ms
+# per batch of views at the released size on the fastest GPUs, more on others.
 BATCHES_WORTH_COMPILING = 400
 
 
@@ -34,6 +34,7 @@ class DenoiserRoute:
         fast, compiled, channels_last: see `route_denoiser`.
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
+        library: compiled to a library that later jobs load at once.
     """
 
     fast: bool
@@ -41,6 +42,7 @@ class DenoiserRoute:
     channels_last: bool
     batches_per_call: int
     merged: bool = False
+    library: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -48,21 +50,17 @@ class DenoiserRoute:
 
 
 def choose_route(
-    settings: SamplingSettings, device: torch.device, batches_per_step: int, batches_of_subject: int
+    settings: SamplingSettings, device: torch.device, batches_per_step: int, steps: int
 ) -> DenoiserRoute:
-    """Chooses for a job with so many batches of views in a step.
-
-    Jobs of all rounds and shards share compiled kernels, so all batches of all steps of the subject
-    count for whether compiling is worth it.
-    """
+    """Chooses for a job of so many steps."""
     limit = choose_batches_per_call(settings, device)
     fast = settings.fast_path != "off"
     precision = choose_precision(settings.precision, device)
     # Float32 convolutions without TF32 are several times slower in channels-last layout.
     channels_last = device.type == "cuda" and precision != "fp32"
-    compiled = fast and settings.compile == "on"
+    compiled = fast and settings.compile in ("on", "library")
     if fast and settings.compile == "auto":
-        worth_it = batches_of_subject >= BATCHES_WORTH_COMPILING
+        worth_it = batches_per_step * steps >= BATCHES_WORTH_COMPILING
         compiled = channels_last and worth_it and can_compile(device)
     return DenoiserRoute(
         fast,
@@ -70,6 +68,7 @@ def choose_route(
         channels_last,
         even_batches(batches_per_step, limit) if fast else limit,
         merged=fast and device.type == "cuda" and precision in ("bf16", "fp16"),
+        library=compiled and settings.compile == "library",
     )
 
 
@@ -92,4 +91,6 @@ def route_denoiser(
     if not route.compiled:
         return FastSamplingDenoiser(fast)
     folder = None if compile_cache is None else use_compile_cache(compile_cache)
-    return FastSamplingDenoiser(fast, CompiledDenoiser(fast, folder), same_shapes=True)
+    return FastSamplingDenoiser(
+        fast, CompiledDenoiser(fast, folder, route.library), same_shapes=True
+    )

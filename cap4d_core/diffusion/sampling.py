@@ -143,8 +143,7 @@ def sample_views(
     )
     view_ids = dealt[shard_index].tolist()
     precision = choose_precision(settings.precision, device)
-    of_subject = len(plan.views) // per_iteration * steps_run
-    route = choose_route(settings, device, len(view_ids) // per_iteration, of_subject)
+    route = choose_route(settings, device, len(view_ids) // per_iteration, stop - start)
 
     model, denoiser = _load(Path(mmdm_dir), settings, device, route)
     latents, clean = _starting_state(plan, view_ids, previous_round_files, model, settings, start)

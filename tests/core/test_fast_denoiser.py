@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cap4d_core.diffusion import compiled_denoiser
+from cap4d_core.diffusion import denoiser_library
 from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
@@ -285,7 +285,7 @@ def test_failing_compiler_falls_back(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compiled_denoiser, "compile_in_a_process", broken)
+    monkeypatch.setattr(denoiser_library, "compile_in_a_process", broken)
     monkeypatch.setattr(torch, "compile", broken)
 
     denoiser = random_denoiser(TINY)
@@ -293,8 +293,11 @@ def test_failing_compiler_falls_back(
     fast = FastDenoiser(denoiser)
     expected = fast_noise(fast, latents, c, 1, guided=False)
     with torch.no_grad():
-        actual = fast_noise(fast, latents, c, 1, False, CompiledDenoiser(fast))
-    assert torch.equal(actual, expected) and "without compiled kernels" in caplog.text
+        for library in (False, True):
+            call = CompiledDenoiser(fast, library=library)
+            assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
+            assert not call.is_compiled
+    assert caplog.text.count("without compiled kernels") == 2
 
 
 @pytest.mark.parametrize(
@@ -318,7 +321,7 @@ def test_a_failure_of_the_compiler_is_survived_and_not_repeated(
     expected = fast_noise(fast, latents, c, 1, guided=False)
     caplog.set_level("INFO")
     for _ in range(2):
-        call = CompiledDenoiser(fast, tmp_path / "kept")
+        call = CompiledDenoiser(fast, tmp_path / "kept", library=True)
         with torch.no_grad():
             assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
         assert call.is_compiled
@@ -330,30 +333,34 @@ def test_a_failure_of_the_compiler_is_survived_and_not_repeated(
 
 
 @pytest.mark.slow
-def test_compiled_form_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_compiled_form_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: bool
+) -> None:
     """A second user loads it, with other weights; a damaged file is made anew."""
     latents, c = inputs(TINY, 2, torch.float32)
     for seed, loaded in ((0, False), (1, True)):
         fast = FastDenoiser(random_denoiser(TINY, seed))
-        call = CompiledDenoiser(fast, tmp_path)
+        call = CompiledDenoiser(fast, tmp_path, library)
         with torch.no_grad():
             expected = fast_noise(fast, latents, c, 2, True)
             actual = fast_noise(fast, latents, c, 2, True, call)
         assert call.is_compiled and call.was_loaded == loaded
         assert deviation(actual, expected) < 1e-5
-    (file,) = tmp_path.glob("*.pt2")
+    (file,) = [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt2")]
     content = file.read_bytes()
+    monkeypatch.setattr(
+        denoiser_library,
+        "compile_in_a_process",
+        lambda _, __, path, ___: path.write_bytes(content),
+    )
     for damage in (b"rubbish", content[: len(content) // 2]):
         file.write_bytes(damage)
-        call = CompiledDenoiser(fast, tmp_path)
-        monkeypatch.setattr(
-            compiled_denoiser,
-            "compile_in_a_process",
-            lambda _, __, path, ___: path.write_bytes(content),
-        )
+        call = CompiledDenoiser(fast, tmp_path, library)
         with torch.no_grad():
             actual = fast_noise(fast, latents, c, 2, True, call)
-        assert not call.was_loaded and file.read_bytes() == content
+        assert call.is_compiled and not call.was_loaded
+        assert file.stat().st_size > len(content) / 2
         assert deviation(actual, expected) < 1e-5
 
 
@@ -365,6 +372,8 @@ def test_route_depends_on_the_whole_job() -> None:
     plain = choose_route(tiny_settings(batches_per_call=4, fast_path="off"), cpu, 15, 100)
     assert plain == DenoiserRoute(False, False, False, 4)
     assert choose_route(tiny_settings(compile="on"), cpu, 15, 1).compiled
+    library = choose_route(tiny_settings(compile="library"), cpu, 15, 1)
+    assert library.compiled and library.library
     denoiser = random_denoiser(TINY)
     assert route_denoiser(denoiser, plain) is denoiser
 

@@ -77,7 +77,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
     assert 1e-4 < plain < 0.05 and error < 1.5 * plain
 
 
-def test_compiled_form_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", [False, True])
+def test_compiled_form_is_kept(tmp_path: Path, library: bool) -> None:
     """The next job loads it, with its own weights, and computes the same bits."""
     latents, c = inputs(CONFIG, 1, torch.float32)
     latents, c = latents.cuda(), c.to("cuda")
@@ -86,7 +87,7 @@ def test_compiled_form_is_kept(tmp_path: Path) -> None:
     for seed, loaded in ((0, False), (0, True), (1, True)):
         denoiser = random_denoiser(CONFIG, seed).to("cuda", torch.bfloat16, memory_format=layout)
         fast = FastDenoiser(denoiser, merge_upsampling=True, memory_format=layout)
-        call = CompiledDenoiser(fast, tmp_path)
+        call = CompiledDenoiser(fast, tmp_path, library)
         with torch.no_grad():
             results.append(fast_noise(fast, latents, c, 1, True, call))
             expected = fast_noise(fast, latents, c, 1, True)
