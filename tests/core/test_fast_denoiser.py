@@ -354,7 +354,7 @@ def test_compiled_form_is_kept(
         "compile_in_a_process",
         lambda _, __, path, ___: path.write_bytes(content),
     )
-    for damage in (b"rubbish", content[: len(content) // 2]):
+    for damage in (b"rubbish", content[: len(content) // 2])[: 2 if library else 1]:
         file.write_bytes(damage)
         call = CompiledDenoiser(fast, tmp_path, library)
         with torch.no_grad():

@@ -77,11 +77,16 @@ def worker_of(job: Job, timeout_s: float = 30.0) -> int:
     return int(file.read_text().split()[0])
 
 
-def is_alive(pid: int) -> bool:
+def state_of(pid: int) -> str:
+    """As ps shows it; Z if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "Z"
+
+
+def is_alive(pid: int) -> bool:
+    return state_of(pid) != "Z"
 
 
 def wait_for_end(pid: int) -> None:
@@ -164,6 +169,8 @@ def test_the_lease_goes_along_with_the_job(folder: Path) -> None:
     process = client(folder, job)
     pid = worker_of(job)
     os.kill(pid, signal.SIGSTOP)
+    while state_of(pid) != "T":
+        time.sleep(0.01)
     process.kill()
     process.wait(timeout=30)
     with pytest.raises(Exception, match="No GPU became free"):
