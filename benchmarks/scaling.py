@@ -202,8 +202,7 @@ def environment(arguments: argparse.Namespace, gpus: list[str]) -> dict[str, str
     extra = {"PYTHONPATH": path, "CAP4D_CACHE": str(arguments.work / "cache")}
     if gpus and gpus != ["cpu"]:
         extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    if arguments.cold_jobs:
-        extra["CAP4D_WARM_WORKER"] = "0"
+    extra["CAP4D_WARM_WORKER"] = "0" if arguments.cold_jobs else "1"
     return os.environ | extra
 
 
