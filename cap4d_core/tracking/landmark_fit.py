@@ -268,7 +268,8 @@ class LandmarkFitter(Measurements):
             outline = self.outlines[o]
             if outline is not None:
                 part = self.outline_rows(state, o, outline, free)
-                for rest, more in zip((rows, shared_rows, row_weights, errors), part, strict=True):
+                parts: tuple[list[Array], ...] = (rows, shared_rows, row_weights, errors)
+                for rest, more in zip(parts, part, strict=True):
                     rest.append(more)
             flat, flat_shared = np.concatenate(rows), np.concatenate(shared_rows)
             influence, error = np.concatenate(row_weights), np.concatenate(errors)
