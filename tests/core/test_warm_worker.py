@@ -41,11 +41,13 @@ def main(job):
     Path(job.output["done"][0]).touch()
 """
 CLIENT = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from cap4d_core.gpu import acquire, lock_folder
 from cap4d_core.job import Job
 from cap4d_core.warm_worker import run_in_worker
+# Ignored where the tests run in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 lease = acquire(1, ["GPU-0"], lock_folder())
 job = Job(**json.loads(sys.argv[1]))
 print("code", run_in_worker(job, "GPU-0", 2, lease.descriptors, Path(sys.argv[2])))
