@@ -71,6 +71,7 @@ def _landmarks(
     return found
 
 
+@pytest.mark.slow
 def test_a_head_that_follows_and_one_that_does_not(model: LandmarkModel, driving: Tracking) -> None:
     # Strong expressions: a fit of few landmarks plays small ones down.
     driving = replace(driving, expr=2 * driving.expr)
@@ -121,6 +122,7 @@ def _avatar(head: HeadModel) -> GaussianAvatar:
     return GaussianAvatar.create(head, shape, settings)
 
 
+@pytest.mark.slow
 def test_performance_of_a_perfect_avatar(
     driving: Tracking, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

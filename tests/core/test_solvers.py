@@ -129,6 +129,7 @@ def test_checkpoints_keep_the_clean_latents(tmp_path: Path) -> None:
     assert found is not None and found[2] is None
 
 
+@pytest.mark.slow
 def test_jobs_of_a_second_order_solver_hand_on_what_it_needs(tmp_path: Path) -> None:
     changes = {"solver": SOLVER, "num_shards": 1, "checkpoint_every_steps": 1}
     run = Run(tmp_path, tiny_settings(**changes))

@@ -126,6 +126,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_video(tmp_path_factory.mktemp("video") / "moving.mp4", pictures)
 
 
+@pytest.mark.slow
 def test_video_becomes_a_driving_sequence_without_gaps(video: Path, tmp_path: Path) -> None:
     track_driving(
         video, tmp_path, demo_head_folder(), SETTINGS, correspondence=correspondence_file()
