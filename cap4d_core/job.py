@@ -237,19 +237,19 @@ def job_file_path(log: str | Path) -> Path:
 def write_job_file(path: Path, job: Job) -> None:
     """Writes a job with what is needed to run it again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": JOB_FILE_FORMAT, "folder": os.getcwd(), **asdict(job)}
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    os.replace(temporary, path)
+    _replace_job_file(path, {"format": JOB_FILE_FORMAT, "folder": os.getcwd(), **asdict(job)})
 
 
 def note_memory_elsewhere(path: Path) -> None:
     """Notes in a job file that Snakemake's measurement of memory missed the process that worked."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text("utf-8")) | {MEMORY_ELSEWHERE: True}
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        os.replace(temporary, path)
+        _replace_job_file(path, json.loads(path.read_text("utf-8")) | {MEMORY_ELSEWHERE: True})
+
+
+def _replace_job_file(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 def read_job_file(path: str | Path) -> Job:

@@ -37,7 +37,7 @@ class Keeper:
 KEEPER = Keeper()
 
 
-def folder_state(path: str | Path) -> tuple[tuple[str, int, int], ...]:
+def file_states(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of a file or of all files below a folder; empty if there is none."""
     path = Path(path).resolve()
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())

@@ -40,7 +40,7 @@ from cap4d_core.errors import InputFileError
 from cap4d_core.files.basic import read_json, sha256_file, write_json
 from cap4d_core.files.image_set import write_view_parameters
 from cap4d_core.files.images import read_rgb, write_image
-from cap4d_core.kept import KEEPER, folder_state
+from cap4d_core.kept import KEEPER, file_states
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import SamplingSettings
 
@@ -121,7 +121,7 @@ def decode_views(
     ]
     if files:
         logger.info("Resuming: %d of %d views are there.", len(view_ids) - len(todo), len(view_ids))
-    key = (folder_state(mmdm_dir), device, half, settings.low_memory, settings.parity)
+    key = (file_states(mmdm_dir), device, half, settings.low_memory, settings.parity)
     decoder = KEEPER.get(
         "decoder",
         key,

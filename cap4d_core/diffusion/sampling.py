@@ -51,7 +51,7 @@ from cap4d_core.files.basic import (
 from cap4d_core.files.images import write_image
 from cap4d_core.flame.model import HeadModel
 from cap4d_core.flame.template import load_flame_template
-from cap4d_core.kept import KEEPER, folder_state
+from cap4d_core.kept import KEEPER, file_states
 from cap4d_core.progress import Progress, ProgressCallback
 from cap4d_core.settings import SamplingSettings
 
@@ -274,7 +274,7 @@ def _load(
         return model, route_denoiser(model.denoiser, route, mmdm_dir.parent / "compiled")
 
     precision = choose_precision(settings.precision, device)
-    model, denoiser = KEEPER.get("mmdm", (folder_state(mmdm_dir), precision, device, route), make)
+    model, denoiser = KEEPER.get("mmdm", (file_states(mmdm_dir), precision, device, route), make)
     check_settings(model.config, settings)
     return model, denoiser
 

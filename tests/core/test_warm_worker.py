@@ -19,7 +19,7 @@ from cap4d_core.diffusion.view_plan import plan_views
 from cap4d_core.gpu import LOCK_DIR_VARIABLE, POOL_VARIABLE, acquire, lock_folder
 from cap4d_core.job import MEMORY_ELSEWHERE, Job, note_memory_elsewhere, read_job_file
 from cap4d_core.job import write_job_file as write_job
-from cap4d_core.kept import Keeper, folder_state
+from cap4d_core.kept import Keeper, file_states
 from cap4d_core.warm_worker import SWITCH, is_wanted, run_in_worker, stop_worker
 from tests.core.sampling_fixtures import tiny_settings, world
 
@@ -264,6 +264,6 @@ def test_keeper(tmp_path: Path) -> None:
     keeper.enabled = True
     made = [keeper.get("a", key, object) for key in (1, 1, 2, 1)]
     assert made[0] is made[1] and len({id(m) for m in made}) == 3
-    before = folder_state(tmp_path)
+    before = file_states(tmp_path)
     (tmp_path / "weights").write_text("new")
-    assert folder_state(tmp_path) != before and folder_state(tmp_path / "none") == ()
+    assert file_states(tmp_path) != before and file_states(tmp_path / "none") == ()
