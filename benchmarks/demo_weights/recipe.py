@@ -72,8 +72,10 @@ PART = 256
 FIRST_SUBJECTS = 48
 # Files of prepared frames that the denoiser starts with.
 FIRST_PARTS = 2
-# Steps between which people who are ready are rendered, and most of them at a time.
+# Steps between which people who are ready are rendered, and most of them at a time. A person took
+# as long as one step on an H200.
 TAKE_EVERY = 8
+TAKE_AT_ONCE = 4
 # Numbers that each of several processes has for its people.
 PEOPLE_OF_PROCESS = 100_000
 # Largest file that --out may hold.
@@ -279,6 +281,12 @@ class People:
         if len(self._open) == PART:
             self._write()
 
+    def take_ready(self) -> None:
+        """Renders some of those who wait."""
+        for _ in range(TAKE_AT_ONCE):
+            if self.is_ready:
+                self.take()
+
     def _write(self) -> None:
         part = FrameTable.cat(self._open)
         self._open = []
@@ -352,13 +360,17 @@ def train_autoencoder(run: Run, people: People) -> Autoencoder:
     )
     trainer.resume()
     while not people.done:
-        if people.is_ready or people.num_subjects < FIRST_SUBJECTS:
+        if people.num_subjects < FIRST_SUBJECTS or trainer.pace.is_slice_over:
             people.take()
-        else:
-            trainer.run(is_interrupted=lambda: people.is_ready)
-            if trainer.pace.is_slice_over:
-                while not people.done:
-                    people.take()
+            continue
+        # Some people, some steps: rendering everybody who waits would leave no time to train.
+        taken_at = trainer.pace.step
+        people.take_ready()
+        trainer.run(
+            is_interrupted=lambda at=taken_at: (
+                people.is_ready and trainer.pace.step >= at + TAKE_EVERY
+            )
+        )
     trainer.run()
     run.sync()
     run.mark(f"autoencoder at {100 * trainer.pace.progress:.0f} %")
@@ -407,9 +419,7 @@ class GrowingSource:
         """Batch `number`."""
         # All processes at the same steps, because they wait for one another at every step.
         if number % TAKE_EVERY == 0:
-            for _ in range(TAKE_EVERY):
-                if self.people.is_ready:
-                    self.people.take()
+            self.people.take_ready()
         if self.source is None or len(self.people.parts) > len(self.encoded):
             for part in self.people.parts[len(self.encoded) :]:
                 assert part.images is not None
@@ -492,7 +502,7 @@ def train_denoiser(
 ) -> Trainer:
     """The trainer after this call's share of the training."""
     trainer = denoiser_trainer(run, GrowingSource(run, people, config, autoencoder), config)
-    while not people.done and (people.is_ready or len(people.parts) < FIRST_PARTS):
+    while not people.done and len(people.parts) < FIRST_PARTS:
         people.take()
     if not trainer.resume() and run.warm is not None:
         warm_start(run.warm, trainer)
