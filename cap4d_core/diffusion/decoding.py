@@ -11,10 +11,12 @@ Shards write into one folder, so each declares only its index.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from cap4d_core.diffusion.network_setup import (
     load_autoencoder,
     matmul_precision,
 )
-from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_from_network
+from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced
 from cap4d_core.diffusion.sampling import read_shard
 from cap4d_core.diffusion.sampling_checkpoint import fingerprint
 from cap4d_core.diffusion.step_grid import ddim_step_count
@@ -128,8 +130,8 @@ def decode_views(
         lambda: _Decoder(load_autoencoder(mmdm_dir, settings, device)[0], device, half, settings),
     )
 
-    def save(view: int, image: Tensor) -> dict[str, str]:
-        write_image(output_dir / _image(view), _bytes(image, settings.parity))
+    def save(view: int, pixels: Callable[[], NDArray[np.uint8]]) -> dict[str, str]:
+        write_image(output_dir / _image(view), pixels())
         write_view_parameters(output_dir / _parameters(view), plan.views[view])
         return {name: sha256_file(output_dir / name) for name in (_image(view), _parameters(view))}
 
@@ -153,8 +155,8 @@ def decode_views(
         ThreadPoolExecutor(workers) as pool,
     ):
         for row in todo:
-            image = decoder.decode(all_latents[row : row + 1])
-            saving.append(pool.submit(save, view_ids[row], image))
+            pixels = decoder.start(all_latents[row : row + 1])
+            saving.append(pool.submit(save, view_ids[row], pixels))
             while len(saving) > 2 * workers or (saving and saving[0].done()):
                 register()
         while saving:
@@ -174,7 +176,7 @@ def decode_views(
 
 
 class _Decoder:
-    """Latents (1, 4, h, w) to images (3, H, W) in host memory, one by one.
+    """Latents (1, 4, h, w) to bytes (H, W, 3), one by one.
 
     The bits of an image must not depend on what is decoded with it, so there are no batches.
 
@@ -187,18 +189,56 @@ class _Decoder:
     ) -> None:
         self.device = device
         self.tiled = settings.low_memory
+        self.truncate = settings.parity
         if device.type == "cuda" and not settings.parity:
             autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.full = autoencoder
         self.half = copy.deepcopy(autoencoder).half() if half else None
+        self.one_at_a_time = threading.Lock()
 
-    def decode(self, latent: Tensor) -> Tensor:
+    def start(self, latent: Tensor) -> Callable[[], NDArray[np.uint8]]:
+        """Decodes; what is returned waits for the bytes, in any thread.
+
+        On a GPU this returns while the device still works, so that it gets the next view before
+        this one is fetched.
+        """
         latent = latent.to(self.device)
-        if self.half is not None:
-            image = self.half.decode(latent, tiled=self.tiled)[0].cpu()
-            if bool(torch.isfinite(image).all()):
-                return image
-        return self.full.decode(latent, tiled=self.tiled)[0].cpu()
+        first = self.full if self.half is None else self.half
+        image = first.decode(latent, tiled=self.tiled)[0]
+        pixels, finite = _fetch(bytes_on_device(image, self.truncate), torch.isfinite(image).all())
+
+        def wait() -> NDArray[np.uint8]:
+            if self.half is None or bool(finite()):
+                return pixels().numpy()
+            with torch.no_grad(), self.one_at_a_time:
+                exact = self.full.decode(latent, tiled=self.tiled)[0]
+            return bytes_on_device(exact, self.truncate).cpu().numpy()
+
+        return wait
+
+
+def bytes_on_device(image: Tensor, truncate: bool = False) -> Tensor:
+    """The bytes of `image_from_network`, made where the image is: (3, H, W) to (H, W, 3) uint8."""
+    unit = ((image.float().movedim(0, -1) + 1.0) / 2.0).clamp(0.0, 1.0).nan_to_num(0.0)
+    scaled = unit * 255.0 if truncate else (unit.double() * 255.0).round()
+    return scaled.to(torch.uint8)
+
+
+def _fetch(*tensors: Tensor) -> list[Callable[[], Tensor]]:
+    """Copies to host memory; each is waited for when it is called."""
+    if tensors[0].device.type != "cuda":
+        return [functools.partial(lambda tensor: tensor, tensor) for tensor in tensors]
+    on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for target, source in zip(on_host, tensors, strict=True):
+        target.copy_(source, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived(tensor: Tensor) -> Tensor:
+        copied.synchronize()
+        return tensor
+
+    return [functools.partial(arrived, tensor) for tensor in on_host]
 
 
 def _available_cpus() -> int:
@@ -213,10 +253,6 @@ def _image(view: int) -> str:
 
 def _parameters(view: int) -> str:
     return f"flame/{view:05d}.npz"
-
-
-def _bytes(image: Tensor, truncate: bool) -> NDArray[np.uint8]:
-    return image_from_network(image.float().cpu().numpy(), truncate)
 
 
 def _finished_files(partial: Path, output_dir: Path, source: str) -> dict[str, str]:

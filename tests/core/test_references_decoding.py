@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from cap4d_core.diffusion import decoding
-from cap4d_core.diffusion.decoding import decode_views
+from cap4d_core.diffusion.decoding import _Decoder, bytes_on_device, decode_views
 from cap4d_core.diffusion.network_setup import load_autoencoder
 from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_from_network
 from cap4d_core.diffusion.references import crop_references, encode_references
@@ -26,6 +27,7 @@ from cap4d_core.files.basic import (
 from cap4d_core.files.image_set import read_image_set
 from cap4d_core.files.images import read_rgb
 from cap4d_core.progress import Progress
+from cap4d_core.settings import SamplingSettings
 from tests.core.sampling_fixtures import TINY, tiny_settings, world
 
 
@@ -167,3 +169,32 @@ def test_contact_sheet_keeps_order() -> None:
     ]  # fmt: skip
     assert evenly_spaced(100, 5) == [0, 25, 50, 74, 99] and evenly_spaced(3, 8) == [0, 1, 2]
     assert TINY.image_size == 32
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_bytes_are_the_same_wherever_they_are_made(truncate: bool) -> None:
+    values = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    # Halves between two levels, where rounding decides.
+    values[0, 0] = (torch.arange(64) + 0.5) / 255 * 2 - 1
+    expected = image_from_network(values.numpy(), truncate)
+    np.testing.assert_array_equal(bytes_on_device(values, truncate).numpy(), expected)
+
+
+class _Overflowing(torch.nn.Module):
+    """Gives infinity in half precision and the latent itself otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def decode(self, latents: torch.Tensor, tiled: bool) -> torch.Tensor:
+        image = latents[:, :3] * self.factor.float()
+        return image / 0 if self.factor.dtype == torch.float16 else image
+
+
+def test_what_overflows_in_half_precision_is_decoded_in_full() -> None:
+    latent = torch.linspace(-1, 1, 4 * 64).reshape(1, 4, 8, 8)
+    network: Any = _Overflowing()
+    with torch.no_grad():
+        made = _Decoder(network, torch.device("cpu"), True, SamplingSettings()).start(latent)()
+    np.testing.assert_array_equal(made, image_from_network(latent[0, :3].numpy()))

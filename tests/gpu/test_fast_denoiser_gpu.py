@@ -152,6 +152,6 @@ def test_decoding_in_float16() -> None:
     assert exact.std() > 30
     device = torch.device("cuda")
     with torch.no_grad():
-        half = _Decoder(autoencoder, device, True, SamplingSettings()).decode(latent)
-    levels = np.abs(image_from_network(half.numpy()).astype(int) - exact.astype(int))
+        half = _Decoder(autoencoder, device, True, SamplingSettings()).start(latent)()
+    levels = np.abs(half.astype(int) - exact.astype(int))
     assert levels.mean() < 0.25 and (levels > 1).mean() < 0.001
