@@ -199,9 +199,8 @@ def test_an_idle_worker_ends(folder: Path) -> None:
     assert not (folder / "s").exists()
 
 
-@pytest.mark.slow
-def test_sampling_jobs_give_the_same_bits(folder: Path) -> None:
-    """Two shards in one worker, and without one."""
+def sampled_shards(folder: Path, environment: dict[str, str]) -> dict[tuple[str, str], bytes]:
+    """Two shards, sampled in one worker ("1") and in processes of their own ("0")."""
     settings, inputs = tiny_settings(num_inference_steps=4, sync_steps=[2]), world()
     plan, latents = folder / "plan.npz", folder / "references" / "latents.safetensors"
     plan_views(inputs.tracking, inputs.head_model, plan, settings, "ana")
@@ -226,13 +225,20 @@ def test_sampling_jobs_give_the_same_bits(folder: Path) -> None:
             write_job(folder / "a.job.json", job)
             done = subprocess.run(
                 [sys.executable, str(SAMPLE), str(folder / "a.job.json"), "--in-place"],
-                env=os.environ | {POOL_VARIABLE: GPU, SWITCH: switch},
+                env=os.environ | environment | {SWITCH: switch},
                 capture_output=True,
                 text=True,
             )
             assert done.returncode == 0, done.stderr
             assert ("in the warm worker" in done.stderr) == (switch == "1")
             results[switch, shard] = output.read_bytes()
+    return results
+
+
+@pytest.mark.slow
+def test_sampling_jobs_give_the_same_bits(folder: Path) -> None:
+    """Two shards in one worker, and without one."""
+    results = sampled_shards(folder, {POOL_VARIABLE: GPU})
     for shard in ("1-of-2", "2-of-2"):
         assert results["1", shard] == results["0", shard]
     assert results["1", "1-of-2"] != results["1", "2-of-2"]
