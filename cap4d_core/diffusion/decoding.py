@@ -11,7 +11,6 @@ Shards write into one folder, so each declares only its index.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import os
 import threading
@@ -33,7 +32,7 @@ from cap4d_core.diffusion.network_setup import (
     load_autoencoder,
     matmul_precision,
 )
-from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced
+from cap4d_core.diffusion.pictures import bytes_on_device, contact_sheet, evenly_spaced
 from cap4d_core.diffusion.sampling import read_shard
 from cap4d_core.diffusion.sampling_checkpoint import fingerprint
 from cap4d_core.diffusion.step_grid import ddim_step_count
@@ -205,11 +204,14 @@ class _Decoder:
         latent = latent.to(self.device)
         first = self.full if self.half is None else self.half
         image = first.decode(latent, tiled=self.tiled)[0]
-        pixels, finite = _fetch(bytes_on_device(image, self.truncate), torch.isfinite(image).all())
+        (pixels, finite), arrived = _to_host(
+            bytes_on_device(image, self.truncate), torch.isfinite(image).all()
+        )
 
         def wait() -> NDArray[np.uint8]:
-            if self.half is None or bool(finite()):
-                return pixels().numpy()
+            arrived()
+            if self.half is None or bool(finite):
+                return pixels.numpy()
             with torch.no_grad(), self.one_at_a_time:
                 exact = self.full.decode(latent, tiled=self.tiled)[0]
             return bytes_on_device(exact, self.truncate).cpu().numpy()
@@ -217,28 +219,16 @@ class _Decoder:
         return wait
 
 
-def bytes_on_device(image: Tensor, truncate: bool = False) -> Tensor:
-    """The bytes of `image_from_network`, made where the image is: (3, H, W) to (H, W, 3) uint8."""
-    unit = ((image.float().movedim(0, -1) + 1.0) / 2.0).clamp(0.0, 1.0).nan_to_num(0.0)
-    scaled = unit * 255.0 if truncate else (unit.double() * 255.0).round()
-    return scaled.to(torch.uint8)
-
-
-def _fetch(*tensors: Tensor) -> list[Callable[[], Tensor]]:
-    """Copies to host memory; each is waited for when it is called."""
+def _to_host(*tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+    """Copies in host memory, and what waits until they are there."""
     if tensors[0].device.type != "cuda":
-        return [functools.partial(lambda tensor: tensor, tensor) for tensor in tensors]
+        return list(tensors), lambda: None
     on_host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
     for target, source in zip(on_host, tensors, strict=True):
         target.copy_(source, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
-
-    def arrived(tensor: Tensor) -> Tensor:
-        copied.synchronize()
-        return tensor
-
-    return [functools.partial(arrived, tensor) for tensor in on_host]
+    return on_host, copied.synchronize
 
 
 def _available_cpus() -> int:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from cap4d_core.diffusion.view_cloud import camera_directions
 from cap4d_core.diffusion.view_plan_file import ViewPlan
@@ -51,6 +53,13 @@ def image_from_network(image: NDArray[Any], truncate: bool = False) -> Uint8Arra
     """(3, H, W) in -1..1 to (H, W, 3) bytes; rounded, or cut off as in the published files."""
     unit = np.clip((np.moveaxis(image, 0, -1) + 1.0) / 2.0, 0.0, 1.0)
     return (unit * 255.0).astype(np.uint8) if truncate else to_uint8(unit)
+
+
+def bytes_on_device(image: Tensor, truncate: bool = False) -> Tensor:
+    """The bytes of `image_from_network`, made where the image is: (3, H, W) to (H, W, 3) uint8."""
+    unit = ((image.float().movedim(0, -1) + 1.0) / 2.0).clamp(0.0, 1.0).nan_to_num(0.0)
+    scaled = unit * 255.0 if truncate else (unit.double() * 255.0).round()
+    return scaled.to(torch.uint8)
 
 
 def conditioning_sheet(maps: NDArray[Any], positional_channels: int, tile: int = 128) -> Uint8Array:

@@ -10,9 +10,14 @@ import pytest
 import torch
 
 from cap4d_core.diffusion import decoding
-from cap4d_core.diffusion.decoding import _Decoder, bytes_on_device, decode_views
+from cap4d_core.diffusion.decoding import _Decoder, decode_views
 from cap4d_core.diffusion.network_setup import load_autoencoder
-from cap4d_core.diffusion.pictures import contact_sheet, evenly_spaced, image_from_network
+from cap4d_core.diffusion.pictures import (
+    bytes_on_device,
+    contact_sheet,
+    evenly_spaced,
+    image_from_network,
+)
 from cap4d_core.diffusion.references import crop_references, encode_references
 from cap4d_core.diffusion.view_plan import plan_views
 from cap4d_core.diffusion.view_plan_file import read_plan
