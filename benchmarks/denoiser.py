@@ -12,7 +12,7 @@ time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
 `step` shows), `-merged` folds enlargement into convolutions, `-compiled` is
-compiled as in the jobs (`-library-compiled`: ahead of time), `-graphs` also in CUDA graphs.
+compiled as in the jobs, `-graphs` also in CUDA graphs.
 Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run twice to see the first call cold
 and warm.
 
@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 
-from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_cost import DenoiserCost, plain_cost, sampling_cost
+from cap4d_core.diffusion.denoiser_setup import compiled_denoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, ReferenceFeatures
 
 SMALL = {"model_channels": 32, "head_channels": 16, "views_per_call": 8, "latent_size": 16}
@@ -181,7 +181,7 @@ def make_call(
     elif compiled:
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         folder = Path(kept) if kept else None
-        function = CompiledDenoiser(fast, folder, "library" in form, **(inductor or {}))
+        function = compiled_denoiser(fast, folder, **(inductor or {}))
     return lambda: function(latents, maps, biases, features, references, True), step
 
 

@@ -64,7 +64,7 @@ def prepare(arguments: argparse.Namespace) -> Path:
         "num_shards": arguments.shards,
         # The round ends early: what follows the start is not measured here.
         "sync_steps": [arguments.stop_after],
-        "compile": "auto" if arguments.size == "small" else "on",
+        "compile": "on",
     }
     if arguments.size == "small":
         settings["resolution"] = 128
@@ -237,7 +237,7 @@ def run_child(job: Path) -> None:
     torch.cuda.is_available() and torch.zeros(1, device="cuda")
     recorder.add("CUDA", begin)
     begin = time.perf_counter()
-    from cap4d_core.diffusion import compiled_denoiser, fast_sampling, sampler, sampling
+    from cap4d_core.diffusion import compiled_network, fast_sampling, sampler, sampling
     from cap4d_core.flame.model import HeadModel
 
     recorder.add("import of the stage", begin)
@@ -247,8 +247,7 @@ def run_child(job: Path) -> None:
         (sampling, ("fingerprint", "sha256_file", "write_safetensors")),
         (HeadModel, ("load",)),
         (fast_sampling.FastSamplingDenoiser, ("prepare",)),
-        (compiled_denoiser.CompiledDenoiser, ("_prepare", "_load", "_compile_to")),
-        (compiled_denoiser, ("compile_package",)),
+        (compiled_network.CompiledNetwork, ("_prepare", "_load", "_compile_to")),
         (sampler, ("step_latents",)),
     ):
         for name in names:

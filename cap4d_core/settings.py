@@ -202,11 +202,9 @@ class SamplingSettings(StrictModel):
         "auto",
         description="Leave out what cannot change the generated views; 'off' = the plain network.",
     )
-    compile: Literal["auto", "on", "library", "off"] = Field(
+    compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Compile the network; 'auto' = on GPUs, below fp32, in jobs long enough; "
-        "'library' = in a form that starts faster, but crashed on the one GPU it was tried on (the "
-        "job then goes on with the usual form).",
+        description="Compile the networks; 'auto' = on GPUs, below fp32, in jobs long enough.",
     )
     low_memory: bool = Field(
         False, description="Tiles the autoencoder and shrinks batches: less than 8 GB at 512 px."

@@ -12,8 +12,8 @@ their log.
 - A worker ends when it has failed at a job, has been idle for IDLE_S, differs from a job in code or
   environment, or is in the way of another kind of job.
 
-Only where CAP4D_WARM_WORKER=1 asks for them: they were never run on CUDA. Not under SLURM and
-Kubernetes, which end all processes of a job with it. The job's side is light: the standard library.
+CAP4D_WARM_WORKER=0 switches them off. Not under SLURM and Kubernetes, which end all processes of a
+job with it. The job's side is light: the standard library.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _open_to_the_end: list[socket.socket] = []
 
 def is_wanted(rule: str) -> bool:
     """Whether jobs of a rule are handed to a worker here."""
-    if rule not in RULES or os.environ.get(SWITCH, "0") != "1":
+    if rule not in RULES or os.environ.get(SWITCH, "1") == "0":
         return False
     return not os.environ.keys() & {"SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"}
 

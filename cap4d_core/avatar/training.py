@@ -155,8 +155,10 @@ class AvatarTrainer:
         self._maps = self._cache_maps() if settings.static_neck else None
         # Compiled kernels take a minute to make; the CPU renderer is the larger part there.
         worth_it = device.type == "cuda" and settings.iterations >= ITERATIONS_WORTH_COMPILING
-        wanted = worth_it if settings.compile == "auto" else settings.compile == "on"
-        self.compiler = Compiler(wanted and not settings.parity and can_compile(device))
+        # Compiled arithmetic rounds otherwise than the published one: in parity on request only.
+        unasked = worth_it and not settings.parity
+        wanted = unasked if settings.compile == "auto" else settings.compile == "on"
+        self.compiler = Compiler(wanted and can_compile(device))
         mesh = MeshFunction(avatar, from_maps=self._maps is not None)
         self._mesh = Recorded(mesh, device.type == "cuda")
         self._place = self.compiler.wrap(place_splats)

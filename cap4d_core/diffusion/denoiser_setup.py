@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from cap4d_core.compiling import can_compile, use_compile_cache
-from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
+from cap4d_core.diffusion import denoiser as denoiser_module
+from cap4d_core.diffusion import denoiser_program, fast_denoiser
+from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
@@ -34,7 +36,6 @@ class DenoiserRoute:
         fast, compiled, channels_last: see `route_denoiser`.
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
-        library: compiled to a library that later jobs load at once.
     """
 
     fast: bool
@@ -42,7 +43,6 @@ class DenoiserRoute:
     channels_last: bool
     batches_per_call: int
     merged: bool = False
-    library: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -58,7 +58,7 @@ def choose_route(
     precision = choose_precision(settings.precision, device)
     # Float32 convolutions without TF32 are several times slower in channels-last layout.
     channels_last = device.type == "cuda" and precision != "fp32"
-    compiled = fast and settings.compile in ("on", "library")
+    compiled = fast and settings.compile == "on"
     if fast and settings.compile == "auto":
         worth_it = batches_per_step * steps >= BATCHES_WORTH_COMPILING
         compiled = channels_last and worth_it and can_compile(device)
@@ -68,7 +68,6 @@ def choose_route(
         channels_last,
         even_batches(batches_per_step, limit) if fast else limit,
         merged=fast and device.type == "cuda" and precision in ("bf16", "fp16"),
-        library=compiled and settings.compile == "library",
     )
 
 
@@ -91,6 +90,19 @@ def route_denoiser(
     if not route.compiled:
         return FastSamplingDenoiser(fast)
     folder = None if compile_cache is None else use_compile_cache(compile_cache)
-    return FastSamplingDenoiser(
-        fast, CompiledDenoiser(fast, folder, route.library), same_shapes=True
-    )
+    return FastSamplingDenoiser(fast, compiled_denoiser(fast, folder), same_shapes=True)
+
+
+def compiled_denoiser(
+    fast: FastDenoiser, folder: Path | None = None, **options: Any
+) -> CompiledNetwork:
+    """The fast denoiser, compiled when first called; see `CompiledNetwork`."""
+    depends_on = {
+        "type": str(fast.denoiser.dtype),
+        "format": str(fast.memory_format),
+        "model": fast.denoiser.config.to_dict(),
+        "savings": str(fast.savings),
+        "merged": fast.merge_upsampling,
+    }
+    code = (denoiser_module, denoiser_program, fast_denoiser)
+    return CompiledNetwork("denoiser", fast, depends_on, code, folder, **options)

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cap4d_core.diffusion import denoiser_library
-from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_cost import plain_cost, sampling_cost
@@ -21,6 +19,7 @@ from cap4d_core.diffusion.denoiser_program import Kind, Savings, plan_program
 from cap4d_core.diffusion.denoiser_setup import (
     DenoiserRoute,
     choose_route,
+    compiled_denoiser,
     route_denoiser,
 )
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
@@ -285,7 +284,6 @@ def test_failing_compiler_falls_back(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(denoiser_library, "compile_in_a_process", broken)
     monkeypatch.setattr(torch, "compile", broken)
 
     denoiser = random_denoiser(TINY)
@@ -293,75 +291,33 @@ def test_failing_compiler_falls_back(
     fast = FastDenoiser(denoiser)
     expected = fast_noise(fast, latents, c, 1, guided=False)
     with torch.no_grad():
-        for library in (False, True):
-            call = CompiledDenoiser(fast, library=library)
-            assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
-            assert not call.is_compiled
-    assert caplog.text.count("without compiled kernels") == 2
-
-
-@pytest.mark.parametrize(
-    ("end", "again"), [("kill -SEGV $$", False), ("exit 1", False), ("kill -KILL $$", True)]
-)
-def test_a_failure_of_the_compiler_is_survived_and_not_repeated(
-    end: str,
-    again: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\necho x >> $0.calls; echo trace >&2; {end}\n")
-    script.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(script))
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    denoiser = random_denoiser(TINY)
-    latents, c = inputs(TINY, 1, torch.float32)
-    fast = FastDenoiser(denoiser)
-    expected = fast_noise(fast, latents, c, 1, guided=False)
-    caplog.set_level("INFO")
-    for _ in range(2):
-        call = CompiledDenoiser(fast, tmp_path / "kept", library=True)
-        with torch.no_grad():
-            assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
-        assert call.is_compiled
-    assert "kept as a file: the compiler" in caplog.text
-    assert ("an earlier attempt failed" in caplog.text) != again
-    assert (tmp_path / "python.calls").read_text() == ("x\nx\n" if again else "x\n")
-    notes = list((tmp_path / "kept").glob("*.failed"))
-    assert len(notes) == (0 if again else 1) and all("trace" in note.read_text() for note in notes)
+        call = compiled_denoiser(fast)
+        assert torch.equal(fast_noise(fast, latents, c, 1, False, call), expected)
+    assert not call.is_compiled
+    assert caplog.text.count("without compiled kernels") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", [False, True])
-def test_compiled_form_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: bool
-) -> None:
+def test_compiled_form_is_kept(tmp_path: Path) -> None:
     """A second user loads it, with other weights; a damaged file is made anew."""
     latents, c = inputs(TINY, 2, torch.float32)
     for seed, loaded in ((0, False), (1, True)):
         fast = FastDenoiser(random_denoiser(TINY, seed))
-        call = CompiledDenoiser(fast, tmp_path, library)
+        call = compiled_denoiser(fast, tmp_path)
         with torch.no_grad():
             expected = fast_noise(fast, latents, c, 2, True)
             actual = fast_noise(fast, latents, c, 2, True, call)
         assert call.is_compiled and call.was_loaded == loaded
         assert deviation(actual, expected) < 1e-5
-    (file,) = [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt2")]
-    content = file.read_bytes()
-    monkeypatch.setattr(
-        denoiser_library,
-        "compile_in_a_process",
-        lambda _, __, path, ___: path.write_bytes(content),
-    )
-    for damage in (b"rubbish", content[: len(content) // 2])[: 2 if library else 1]:
-        file.write_bytes(damage)
-        call = CompiledDenoiser(fast, tmp_path, library)
-        with torch.no_grad():
-            actual = fast_noise(fast, latents, c, 2, True, call)
-        assert call.is_compiled and not call.was_loaded
-        assert file.stat().st_size > len(content) / 2
-        assert deviation(actual, expected) < 1e-5
+    (file,) = tmp_path.glob("*.bin")
+    size = file.stat().st_size
+    file.write_bytes(b"rubbish")
+    call = compiled_denoiser(fast, tmp_path)
+    with torch.no_grad():
+        actual = fast_noise(fast, latents, c, 2, True, call)
+    assert call.is_compiled and not call.was_loaded
+    assert file.stat().st_size > size / 2
+    assert deviation(actual, expected) < 1e-5
 
 
 def test_route_depends_on_the_whole_job() -> None:
@@ -372,8 +328,6 @@ def test_route_depends_on_the_whole_job() -> None:
     plain = choose_route(tiny_settings(batches_per_call=4, fast_path="off"), cpu, 15, 100)
     assert plain == DenoiserRoute(False, False, False, 4)
     assert choose_route(tiny_settings(compile="on"), cpu, 15, 1).compiled
-    library = choose_route(tiny_settings(compile="library"), cpu, 15, 1)
-    assert library.compiled and library.library
     denoiser = random_denoiser(TINY)
     assert route_denoiser(denoiser, plain) is denoiser
 

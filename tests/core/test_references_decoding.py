@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cap4d_core.diffusion import decoding
-from cap4d_core.diffusion.decoding import _Decoder, decode_views
+from cap4d_core.diffusion.autoencoder import Autoencoder
+from cap4d_core.diffusion.decoding import _Decoder, compiled_decoder, decode_views
 from cap4d_core.diffusion.network_setup import load_autoencoder
 from cap4d_core.diffusion.pictures import (
     bytes_on_device,
@@ -203,3 +204,24 @@ def test_what_overflows_in_half_precision_is_decoded_in_full() -> None:
     with torch.no_grad():
         made = _Decoder(network, torch.device("cpu"), True, SamplingSettings()).start(latent)()
     np.testing.assert_array_equal(made, image_from_network(latent[0, :3].numpy()))
+
+
+@pytest.mark.slow
+def test_compiled_decoder_is_kept_and_computes_the_same(tmp_path: Path) -> None:
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for seed, loaded in ((0, False), (1, True)):
+        torch.manual_seed(seed)
+        autoencoder = Autoencoder(TINY.autoencoder).eval().requires_grad_(False)
+        decode = compiled_decoder(autoencoder, tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(decode(latent), autoencoder.decode(latent))
+        assert decode.is_compiled and decode.was_loaded == loaded
+
+
+def test_compiling_is_worth_it_for_many_large_views() -> None:
+    def worth_it(num_views: int, **values: Any) -> bool:
+        return decoding._is_worth_compiling(SamplingSettings(**values), num_views)
+
+    assert worth_it(105) and not worth_it(28)
+    assert not worth_it(224, resolution=128) and worth_it(1, compile="on")
+    assert not worth_it(840, low_memory=True) and not worth_it(840, compile="off")

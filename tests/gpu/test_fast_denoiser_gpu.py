@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cap4d_core.diffusion.autoencoder import Autoencoder
-from cap4d_core.diffusion.compiled_denoiser import CompiledDenoiser
+from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.decoding import _Decoder
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
+from cap4d_core.diffusion.denoiser_setup import compiled_denoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.grouping import SeededGrouping
@@ -70,15 +71,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
         denoiser = random_denoiser(CONFIG).to("cuda", torch.bfloat16, memory_format=layout)
         plain = relative(plain_noise(denoiser, latents, c, references, guided=True), exact)
         fast = FastDenoiser(denoiser, merge_upsampling=merge, memory_format=layout)
-        call = CompiledDenoiser(fast) if compiled else None
+        call = compiled_denoiser(fast) if compiled else None
         error = relative(fast_noise(fast, latents, c, references, True, call), exact)
     assert call is None or call.is_compiled
     # Bfloat16 has 8 bits; both forms round equally often, but not the same values.
     assert 1e-4 < plain < 0.05 and error < 1.5 * plain
 
 
-@pytest.mark.parametrize("library", [False, True])
-def test_compiled_form_is_kept(tmp_path: Path, library: bool) -> None:
+def test_compiled_form_is_kept(tmp_path: Path) -> None:
     """The next job loads it, with its own weights, and computes the same bits."""
     latents, c = inputs(CONFIG, 1, torch.float32)
     latents, c = latents.cuda(), c.to("cuda")
@@ -87,7 +87,7 @@ def test_compiled_form_is_kept(tmp_path: Path, library: bool) -> None:
     for seed, loaded in ((0, False), (0, True), (1, True)):
         denoiser = random_denoiser(CONFIG, seed).to("cuda", torch.bfloat16, memory_format=layout)
         fast = FastDenoiser(denoiser, merge_upsampling=True, memory_format=layout)
-        call = CompiledDenoiser(fast, tmp_path, library)
+        call = compiled_denoiser(fast, tmp_path)
         with torch.no_grad():
             results.append(fast_noise(fast, latents, c, 1, True, call))
             expected = fast_noise(fast, latents, c, 1, True)
@@ -136,7 +136,8 @@ def test_released_size() -> None:
     assert relative(actual, expected) < 0.03
 
 
-def test_decoding_in_float16() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoding_in_float16(tmp_path: Path, compiled: bool) -> None:
     """At most one of 255 levels from float32 for nearly all pixels."""
     config = AutoencoderConfig()
     with torch.device("cuda"):
@@ -151,7 +152,12 @@ def test_decoding_in_float16() -> None:
     exact = image_from_network(autoencoder.decode(latent.cuda())[0].cpu().numpy())
     assert exact.std() > 30
     device = torch.device("cuda")
+    kernels = tmp_path if compiled else None
     with torch.no_grad():
-        half = _Decoder(autoencoder, device, True, SamplingSettings()).start(latent)()
+        decoder = _Decoder(autoencoder, device, True, SamplingSettings(), kernels)
+        half = decoder.start(latent)()
+    if compiled:
+        assert isinstance(decoder.half, CompiledNetwork) and decoder.half.is_compiled
+        assert list(tmp_path.rglob("decoder-*.bin"))
     levels = np.abs(half.astype(int) - exact.astype(int))
     assert levels.mean() < 0.25 and (levels > 1).mean() < 0.001

@@ -1,9 +1,8 @@
-"""The fast denoiser under torch.compile, kept as a file so that the next job need not compile.
+"""A network under torch.compile, kept as a file so that the next job need not compile.
 
 torch's own caches save code generation but not the tracing of the network, which takes seconds. The
 file holds kernels and guards without weights. Like torch's caches it is unpickled, so its folder
-must be as trusted as the code: it is written by the jobs themselves. The other form, which loads
-faster, is in `denoiser_library`.
+must be as trusted as the code: it is written by the jobs themselves.
 """
 
 from __future__ import annotations
@@ -12,40 +11,40 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cap4d_core.diffusion import (
-    compiled_form,
-    denoiser_library,
-    denoiser_program,
-    fast_denoiser,
-)
-from cap4d_core.diffusion import denoiser as denoiser_module
-from cap4d_core.diffusion.compiled_form import Call, check, describe
-from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.files.basic import atomic_path
 from cap4d_core.locks import wait_for_lock
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".bin"
+# Half-precision forms of one network differ by a few hundredths; wrong kernels by much more.
+_PLAUSIBLE_DEVIATION = 0.1
+
+Call = Callable[..., Tensor]
 
 
-class CompiledDenoiser:
-    """Called like a FastDenoiser; compiled at the first call of each shape.
+class CompiledNetwork:
+    """Called like the network; compiled at the first call of each shape.
 
     Where compiling fails, or what it gives deviates from the network, the network itself runs.
 
     Args:
-        denoiser: fast denoiser, on its device.
+        name: what files are called after.
+        network: on its device, in its final type and layout.
+        depends_on: plain JSON types: all that kernels depend on besides arguments, device and
+            `code`, but not the values of weights.
+        code: modules whose source the network is made of.
         folder: where compiled forms are kept; None = nowhere.
-        library: compile to a library that loads at once, see `denoiser_library`.
         options: for torch's inductor, e.g. `coordinate_descent_tuning`.
 
     Attributes:
@@ -55,21 +54,25 @@ class CompiledDenoiser:
 
     def __init__(
         self,
-        denoiser: FastDenoiser,
+        name: str,
+        network: nn.Module,
+        depends_on: Mapping[str, Any],
+        code: Sequence[ModuleType],
         folder: Path | None = None,
-        library: bool = False,
         **options: Any,
     ) -> None:
-        self.denoiser = denoiser
+        self.name = name
+        self.network = network
+        self.depends_on = depends_on
+        self.code = code
         self.folder = folder
-        self.library = library
         self.options = options
         self.is_compiled = True
         self.was_loaded = False
         self._calls: dict[str, Call] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """As FastDenoiser."""
+        """As the network."""
         signature = json.dumps(describe(arguments))
         call = self._calls.get(signature)
         if call is None:
@@ -77,12 +80,11 @@ class CompiledDenoiser:
         return call(*arguments)
 
     def _prepare(self, arguments: tuple[Any, ...], signature: str) -> Call:
-        suffix = denoiser_library.SUFFIX if self.library else _SUFFIX
         with nullcontext(self.folder) if self.folder else tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"denoiser-{self._key(signature)}{suffix}"
+            file = Path(folder) / f"{self.name}-{self._key(signature)}{_SUFFIX}"
             if (loaded := self._load(file, arguments)) is not None:
                 return loaded
-            expected = self.denoiser(*arguments)
+            expected = self.network(*arguments)
             for compile_ in (self._compile_to, self._compile):
                 try:
                     compiled = compile_(file, arguments)
@@ -94,22 +96,23 @@ class CompiledDenoiser:
                     file.unlink(missing_ok=True)
                     reason = _first_line(error)
                     if compile_ == self._compile:
-                        logger.warning("Sampling without compiled kernels: %s", reason)
+                        logger.warning(
+                            "The %s runs without compiled kernels: %s", self.name, reason
+                        )
                     else:
                         logger.info("Compiled kernels cannot be kept as a file: %s", reason)
         self.is_compiled = False
-        return self.denoiser
+        return self.network
 
     def _load(self, file: Path, arguments: tuple[Any, ...]) -> Call | None:
         """The form kept in `file`; None if there is none that can be used."""
         if not file.exists():
             return None
         try:
-            if self.library:
-                call = denoiser_library.load(file, self.denoiser, arguments)
-            else:
-                call = self._load_traced(file)
-                check(call(*arguments), self.denoiser(*arguments))
+            with file.open("rb") as stream:
+                function = torch.compiler.load_compiled_function(stream)  # type: ignore[attr-defined,unused-ignore]
+            call = self._with_weights(function)
+            check(call(*arguments), self.network(*arguments))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # made elsewhere, damaged
@@ -126,10 +129,11 @@ class CompiledDenoiser:
             if (loaded := self._load(file, arguments)) is not None:
                 return loaded
             self.was_loaded = False
-            if self.library:
-                return denoiser_library.make(file, self.denoiser, arguments, self.options)
+            # The file's key and the signature say all that guards would check, and some guards
+            # cannot be written.
+            compiler = self._torch_compiled(guard_filter_fn=_no_guards)
             with _ahead_of_time():
-                traced: Any = self._torch_compiled().aot_compile(((self.denoiser, *arguments), {}))
+                traced: Any = compiler.aot_compile(((self.network, *arguments), {}))
             with atomic_path(file) as temporary:
                 traced.save_compiled_function(str(temporary))
             return self._with_weights(traced)
@@ -140,50 +144,59 @@ class CompiledDenoiser:
         self.was_loaded = False
         return self._with_weights(self._torch_compiled())
 
-    def _torch_compiled(self) -> Any:
-        options = self.options or None
-        return torch.compile(_run, dynamic=False, fullgraph=True, options=options)
-
-    def _load_traced(self, file: Path) -> Call:
-        with file.open("rb") as stream:
-            return self._with_weights(torch.compiler.load_compiled_function(stream))  # type: ignore[attr-defined,unused-ignore]
+    def _torch_compiled(self, **options: Any) -> Any:
+        options = self.options | options
+        return torch.compile(_run, dynamic=False, fullgraph=True, options=options or None)
 
     def _with_weights(self, function: Any) -> Call:
-        return lambda *arguments: function(self.denoiser, *arguments)
+        return lambda *arguments: function(self.network, *arguments)
 
     def _key(self, signature: str) -> str:
         """Names everything that kernels depend on but the values of weights."""
-        d = self.denoiser
-        cuda = d.denoiser.device.type == "cuda"
+        cuda = next(self.network.parameters()).device.type == "cuda"
         content = {
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "tf32": torch.backends.cudnn.allow_tf32,
-            "type": str(d.denoiser.dtype),
-            "format": str(d.memory_format),
-            "model": d.denoiser.config.to_dict(),
-            "savings": str(d.savings),
-            "merged": d.merge_upsampling,
+            "network": dict(self.depends_on),
             "arguments": signature,
             "options": str(self.options),
             "code": [
-                hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-                for module in (
-                    denoiser_module,
-                    denoiser_program,
-                    fast_denoiser,
-                    denoiser_library,
-                    compiled_form,
-                )
+                hashlib.sha256(Path(file).read_bytes()).hexdigest()
+                for file in [__file__, *(str(module.__file__) for module in self.code)]
             ],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _run(denoiser: FastDenoiser, *arguments: Any) -> Tensor:
+def check(actual: Tensor, expected: Tensor) -> None:
+    """Raises RuntimeError if the compiled network computes something else."""
+    if not bool(torch.isfinite(expected).all()):
+        return  # whoever uses it reports that
+    deviation = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    if not deviation < _PLAUSIBLE_DEVIATION:
+        raise RuntimeError(f"its result deviates from the network's by {deviation:.2g}")
+
+
+def describe(arguments: Any) -> Any:
+    """Plain JSON types; what values of tensors are does not matter."""
+    if isinstance(arguments, Tensor):
+        kind = str(arguments.dtype).removeprefix("torch.")
+        return {"shape": list(arguments.shape), "stride": list(arguments.stride()), "type": kind}
+    if isinstance(arguments, tuple):
+        return [describe(part) for part in arguments]
+    return arguments
+
+
+def _run(network: nn.Module, *arguments: Any) -> Tensor:
     # The network is an argument, so that compiled code takes whichever weights it is given.
-    return denoiser(*arguments)
+    result: Tensor = network(*arguments)
+    return result
+
+
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    return [False] * len(guards)
 
 
 def _ahead_of_time() -> AbstractContextManager[Any]:
