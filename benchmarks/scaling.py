@@ -1,12 +1,14 @@
 """Sampling stage through Snakemake on several GPUs against one unsharded process on one GPU.
 
     python -m benchmarks.scaling --work FOLDER [--views 840] [--steps 100] [--shards 8]
-        [--gpus 4] [--subjects 1] [--size released|small] [--cold-jobs] [--json FILE]
+        [--gpus 4] [--subjects 1] [--size released|small] [--cold-jobs] [--only one|several]
+        [--kernels make|kept] [--json FILE]
 
 Demo subjects, random weights, default preset. What comes before sampling (head model, weights,
 plans, references) is made first and not timed, nor is compiling kernels (one short run). Prints the
 sampling loops (seconds per step x steps, as the jobs log them), the wall time of the whole stage,
 the share of everything else in it, and both as ratios to one GPU. `--cold-jobs`: no warm workers.
+`--kernels make` ends after compiling; `--kernels kept` goes on from there in the same folder.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["released", "small"], default="released")
     parser.add_argument("--cold-jobs", action="store_true")
     parser.add_argument("--only", choices=["one", "several"])
+    parser.add_argument("--kernels", choices=["make", "kept"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
@@ -55,9 +58,9 @@ def main() -> None:
     print(f"made what comes before: {time.perf_counter() - start:.1f} s", flush=True)
     rows = []
     if arguments.only != "several":
-        rows.append(measure(arguments, "one", 1, gpus[:1]))
+        rows += measure(arguments, "one", 1, gpus[:1])
     if arguments.only != "one":
-        rows.append(measure(arguments, "several", arguments.shards, gpus[: arguments.gpus]))
+        rows += measure(arguments, "several", arguments.shards, gpus[: arguments.gpus])
     if len(rows) == 2:
         one, several = rows
         print(
@@ -84,13 +87,17 @@ def make_weights(arguments: argparse.Namespace) -> None:
 
 def measure(
     arguments: argparse.Namespace, name: str, shards: int, gpus: list[str]
-) -> dict[str, Any]:
-    """Whole sampling stage of all subjects on these GPUs."""
-    # Kernels: as many batches per call as in the run to come, two steps.
-    start = time.perf_counter()
-    copy_base(arguments.work, f"{name}-compile")
-    snakemake(arguments, f"{name}-compile", shards, gpus[:1], short=True)
-    print(f"{name}: compiled and sampled 2 steps: {time.perf_counter() - start:.1f} s", flush=True)
+) -> list[dict[str, Any]]:
+    """Whole sampling stage of all subjects on these GPUs; nothing if only kernels are wanted."""
+    if arguments.kernels != "kept":
+        # As many batches per call as in the run to come, two steps.
+        start = time.perf_counter()
+        copy_base(arguments.work, f"{name}-compile")
+        snakemake(arguments, f"{name}-compile", shards, gpus[:1], short=True)
+        seconds = time.perf_counter() - start
+        print(f"{name}: compiled and sampled 2 steps: {seconds:.1f} s", flush=True)
+    if arguments.kernels == "make":
+        return []
     copy_base(arguments.work, name)
     start = time.perf_counter()
     snakemake(arguments, name, shards, gpus)
@@ -127,7 +134,7 @@ def measure(
         f"  decoding jobs: {row['decode_jobs_s']} s",
         flush=True,
     )
-    return row
+    return [row]
 
 
 def copy_base(work: Path, name: str) -> None:
@@ -159,7 +166,7 @@ def snakemake(
         "compile": "on" if arguments.size == "released" else "off",
     }
     if short:
-        # One call of one shard: the batches of a step, and so the shape of a call, are the same.
+        # One shard alone: the batches of a step, and so the shapes of calls, are the same.
         sampling |= {"num_inference_steps": 2, "sync_steps": []}
     if arguments.size == "small":
         sampling |= {"resolution": 128}
@@ -175,7 +182,7 @@ def snakemake(
     write(folder / "config.yaml", json.dumps(config))
     target = ["sample_all"]
     if short:
-        target = [f"results/s0/views/rounds/1/1-of-{shards}.safetensors", "--notemp"]
+        target = [f"results/s0/views/generated_images/index/1-of-{shards}.json", "--notemp"]
     command = [
         sys.executable, "-m", "snakemake", *target, "--snakefile", str(ROOT / "Snakefile"),
         "--workflow-profile", str(ROOT / "profiles/workstation"), "--configfile", "config.yaml",

@@ -161,7 +161,7 @@ def check_denoiser(g: Golden) -> None:
 
 
 def statistics(activation: Tensor) -> np.ndarray:
-    flat = activation.flatten().double().numpy()
+    flat = activation.flatten().double().cpu().numpy()
     return np.concatenate([[flat.mean(), flat.std()], flat[:6], flat[-6:]])
 
 
