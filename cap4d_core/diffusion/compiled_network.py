@@ -131,8 +131,8 @@ class CompiledNetwork:
             self.was_loaded = False
             # The file's key and the signature say all that guards would check, and some guards
             # cannot be written.
-            compiler = self._torch_compiled(guard_filter_fn=_no_guards)
             with _ahead_of_time():
+                compiler = self._torch_compiled(guard_filter_fn=_no_guards)
                 traced: Any = compiler.aot_compile(((self.network, *arguments), {}))
             with atomic_path(file) as temporary:
                 traced.save_compiled_function(str(temporary))
