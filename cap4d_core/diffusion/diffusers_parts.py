@@ -8,6 +8,7 @@ parts are imported, those packages are bare folders and those libraries count as
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,10 @@ def _only_what_is_asked_for() -> Iterator[None]:
     absent = [name for name in _UNUSED if name not in sys.modules]
     folders: dict[str, ModuleType] = {}
     disable = torch.compiler.disable
+    distributions = importlib.metadata.packages_distributions
     try:
+        # Reads the file lists of everything installed, to name packages that are not in use here.
+        importlib.metadata.packages_distributions = dict
         # Only marks functions of theirs that are not in use here, and would import the compiler.
         torch.compiler.disable = _unchanged  # type: ignore[assignment]
         for name in absent:
@@ -57,6 +61,7 @@ def _only_what_is_asked_for() -> Iterator[None]:
         yield
     finally:
         torch.compiler.disable = disable
+        importlib.metadata.packages_distributions = distributions
         for name in absent:
             sys.modules.pop(name, None)
         for name, folder in folders.items():
