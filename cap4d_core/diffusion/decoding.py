@@ -112,7 +112,9 @@ def decode_views(
     all_latents = torch.cat(parts)
     precision = choose_precision(settings.precision, device)
     half = device.type == "cuda" and precision in ("bf16", "fp16") and not settings.parity
-    compiled = half and _is_worth_compiling(settings, len(view_ids)) and can_compile(device)
+    kernels = None
+    if half and _is_worth_compiling(settings, len(view_ids)) and can_compile(device):
+        kernels = use_compile_cache(Path(mmdm_dir).parent / "compiled")
     source = fingerprint(
         {
             "latents": [sha256_file(path) for path in latents_files],
@@ -122,7 +124,7 @@ def decode_views(
             "low_memory": settings.low_memory,
             "device": device.type,
             "half": half,
-            "compiled": compiled,
+            "compiled": kernels is not None,
         }
     )
     partial = index_path.with_suffix(".partial.json")
@@ -132,8 +134,7 @@ def decode_views(
     ]
     if files:
         logger.info("Resuming: %d of %d views are there.", len(view_ids) - len(todo), len(view_ids))
-    key = (file_states(mmdm_dir), device, half, compiled, settings.low_memory, settings.parity)
-    kernels = Path(mmdm_dir).parent / "compiled" if compiled else None
+    key = (file_states(mmdm_dir), device, half, kernels, settings.low_memory, settings.parity)
     decoder = KEEPER.get(
         "decoder",
         key,
@@ -217,8 +218,7 @@ class _Decoder:
             in_half = copy.deepcopy(autoencoder).half()
             self.half = functools.partial(in_half.decode, tiled=self.tiled)
             if kernels is not None:
-                folder = use_compile_cache(kernels)
-                self.half = compiled_decoder(in_half, folder)
+                self.half = compiled_decoder(in_half, kernels)
 
     def start(self, latent: Tensor) -> Callable[[], NDArray[np.uint8]]:
         """Decodes; what is returned waits for the bytes, in any thread.
