@@ -140,7 +140,9 @@ def measure(
 def copy_base(work: Path, name: str) -> None:
     """What comes before sampling, as links, with its times."""
     shutil.rmtree(work / name, ignore_errors=True)
-    shutil.copytree(work / "base", work / name, copy_function=os.link)
+    # Not its locks: a link to one is held with it.
+    locks = shutil.ignore_patterns("lock", "*.lock")
+    shutil.copytree(work / "base", work / name, copy_function=os.link, ignore=locks)
 
 
 def snakemake(
