@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-unit test-faults test-slurm lint real-run real-video install-pixel3dmm clean help
+.PHONY: setup demo test test-unit test-faults test-slurm ratios lint real-run real-video install-pixel3dmm clean help
 
 help:
 	@echo "make setup      create $(VENV) with pinned versions"
@@ -17,6 +17,7 @@ help:
 	@echo "make test       all tests but the two kinds below;  make test-unit: the fast ones;  make lint: linters only"
 	@echo "make test-faults  what breaks is mended: kills, full disks, damaged files"
 	@echo "make test-slurm tests on a throw-away SLURM on this machine (root on Debian)"
+	@echo "make ratios     fast paths against their plain twins on the CPU; fails where one became slower"
 	@echo "make real-run   workflow on real data in CAP4D_REAL_DATA"
 	@echo "make real-video avatars of real photos and of a real video alone, without diffusion"
 	@echo "make install-pixel3dmm  an alternative tracker, in an environment of its own"
@@ -52,6 +53,10 @@ test-faults: $(STAMP)
 # Installs Debian's SLURM where it is missing, and starts a cluster of two nodes with pretended GPUs.
 test-slurm: $(STAMP)
 	$(RUN) -m pytest -m slurm -rs --session-timeout 1800 $(PYTEST) tests/slurm
+
+# Half a minute; renew what is expected with: python -m benchmarks.ratios --write
+ratios: $(STAMP)
+	$(RUN) -m benchmarks.ratios --check
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
