@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from cap4d_core.diffusion.denoiser_setup import (
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.grouping import SeededGrouping
+from cap4d_core.diffusion.network_setup import choose_batches_per_call
 from cap4d_core.diffusion.sampler import sample_stochastic_io
 from cap4d_core.diffusion.schedule import NoiseSchedule
+from cap4d_core.settings import SamplingSettings
 from tests.core.mmdm_models import TINY, random_denoiser, random_frames
 from tests.core.sampling_fixtures import tiny_settings
 
@@ -318,6 +321,18 @@ def test_compiled_form_is_kept(tmp_path: Path) -> None:
     assert call.is_compiled and not call.was_loaded
     assert file.stat().st_size > size / 2
     assert deviation(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("gigabytes", "batches"), [(8, 1), (16, 2), (24, 4), (141, 4)])
+def test_batches_per_call_follow_the_memory(
+    gigabytes: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    cuda = torch.device("cuda")
+    assert choose_batches_per_call(SamplingSettings(), cuda) == batches
+    assert choose_batches_per_call(SamplingSettings(low_memory=True), cuda) == 1
+    assert choose_batches_per_call(SamplingSettings(batches_per_call=3), cuda) == 3
 
 
 def test_route_depends_on_the_whole_job() -> None:
