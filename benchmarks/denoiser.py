@@ -11,8 +11,8 @@ One call denoises `views_per_call` views, conditionally and unconditionally. Ran
 time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
-`step` shows), `-merged` folds enlargement into convolutions, `-compiled` is
-compiled as in the jobs, `-graphs` also in CUDA graphs.
+`step` shows), `-merged` folds enlargement into convolutions, `-float8` multiplies 8-bit numbers in
+linear layers, `-compiled` is compiled as in the jobs, `-graphs` also in CUDA graphs.
 Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run twice to see the first call cold
 and warm.
 
@@ -167,6 +167,7 @@ def make_call(
         denoiser,
         merge_upsampling="merged" in form,
         memory_format=layout_of(precision, device),
+        float8="float8" in form,
     )
     biases, latents, maps, features = fast_inputs(fast, batches, references)
     clean, clean_maps = latents[0, :1].expand(references, -1, -1, -1), maps[0, :1]

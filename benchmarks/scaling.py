@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --work FOLDER [--views 840] [--steps 100] [--shards 8]
         [--gpus 4] [--subjects 1] [--size released|small] [--cold-jobs] [--only one|several]
-        [--kernels make|kept] [--json FILE]
+        [--kernels make|kept] [--precision auto|fp8] [--json FILE]
 
 Demo subjects, random weights, default preset. What comes before sampling (head model, weights,
 plans, references) is made first and not timed, nor is compiling kernels (one short run). Prints the
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=1)
     parser.add_argument("--references", type=int, default=1)
     parser.add_argument("--size", choices=["released", "small"], default="released")
+    parser.add_argument("--precision", default="auto", help="as sampling.precision")
     parser.add_argument("--cold-jobs", action="store_true")
     parser.add_argument("--only", choices=["one", "several"])
     parser.add_argument("--kernels", choices=["make", "kept"])
@@ -165,6 +166,7 @@ def snakemake(
         "num_inference_steps": arguments.steps,
         "num_shards": shards,
         "max_references": arguments.references,
+        "precision": arguments.precision,
         "compile": "on" if arguments.size == "released" else "off",
     }
     if short:

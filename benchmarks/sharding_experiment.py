@@ -85,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--avatar-iterations", type=int, default=4800)
     parser.add_argument("--avatar-batch", type=int, default=8)
     parser.add_argument("--batches-per-call", type=int, help="default: by device")
+    parser.add_argument("--precision", default="auto", help="as sampling.precision")
     parser.add_argument("--compile", action="store_true", help="compile the network: about 1 min")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time to spend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -279,6 +280,8 @@ class Experiment:
             "steps": arguments.steps,
             "guidance": arguments.guidance,
         }
+        if arguments.precision != "auto":
+            header["precision"] = arguments.precision
         if arguments.json.exists():
             found = json.loads(arguments.json.read_text("utf-8"))
             different = [key for key, value in header.items() if found.get(key) != value]
@@ -320,7 +323,7 @@ class Experiment:
     @property
     def precision(self) -> str:
         """Arithmetic of the network."""
-        return choose_precision("auto", self.device)
+        return choose_precision(self.arguments.precision, self.device)
 
     def _fast(self, model: MMDM, calls: int) -> tuple[Denoiser, int]:
         """The denoiser in the form that the jobs use, and batches of views in one network call."""
@@ -329,6 +332,7 @@ class Experiment:
                 "batches_per_call": self.arguments.batches_per_call
                 or BATCHES_PER_CALL[self.device.type],
                 "compile": "on" if self.arguments.compile else "off",
+                "precision": self.arguments.precision,
             }
         )
         route = choose_route(settings, self.device, calls, self.arguments.steps)

@@ -33,6 +33,7 @@ from cap4d_core.diffusion import autoencoder as autoencoder_module
 from cap4d_core.diffusion.autoencoder import Autoencoder
 from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.network_setup import (
+    HALF,
     choose_precision,
     load_autoencoder,
     matmul_precision,
@@ -111,7 +112,7 @@ def decode_views(
         view_ids += ids
     all_latents = torch.cat(parts)
     precision = choose_precision(settings.precision, device)
-    half = device.type == "cuda" and precision in ("bf16", "fp16") and not settings.parity
+    half = device.type == "cuda" and precision in HALF and not settings.parity
     kernels = None
     if half and _is_worth_compiling(settings, len(view_ids)) and can_compile(device):
         kernels = use_compile_cache(Path(mmdm_dir).parent / "compiled")

@@ -14,13 +14,14 @@ import torch
 
 from cap4d_core.compiling import can_compile, use_compile_cache
 from cap4d_core.diffusion import denoiser as denoiser_module
-from cap4d_core.diffusion import denoiser_program, fast_denoiser
+from cap4d_core.diffusion import denoiser_program, fast_denoiser, float8_linear
 from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
-from cap4d_core.diffusion.network_setup import choose_batches_per_call, choose_precision
+from cap4d_core.diffusion.network_setup import HALF, choose_batches_per_call, choose_precision
 from cap4d_core.diffusion.sampler import Denoiser
+from cap4d_core.errors import UserError
 from cap4d_core.settings import SamplingSettings
 
 # Compiling takes about a minute the first time and seconds from the cache, and saves about 15 ms
@@ -36,6 +37,7 @@ class DenoiserRoute:
         fast, compiled, channels_last: see `route_denoiser`.
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
+        float8: linear layers in 8 bits.
     """
 
     fast: bool
@@ -43,6 +45,7 @@ class DenoiserRoute:
     channels_last: bool
     batches_per_call: int
     merged: bool = False
+    float8: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -52,10 +55,16 @@ class DenoiserRoute:
 def choose_route(
     settings: SamplingSettings, device: torch.device, batches_per_step: int, steps: int
 ) -> DenoiserRoute:
-    """Chooses for a job of so many steps."""
+    """Chooses for a job of so many steps.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
     limit = choose_batches_per_call(settings, device)
     fast = settings.fast_path != "off"
     precision = choose_precision(settings.precision, device)
+    if precision == "fp8" and not fast:
+        raise UserError("sampling.precision 'fp8' needs the fast path: set fast_path to 'auto'.")
     # Float32 convolutions without TF32 are several times slower in channels-last layout.
     channels_last = device.type == "cuda" and precision != "fp32"
     compiled = fast and settings.compile == "on"
@@ -67,7 +76,8 @@ def choose_route(
         compiled,
         channels_last,
         even_batches(batches_per_step, limit) if fast else limit,
-        merged=fast and device.type == "cuda" and precision in ("bf16", "fp16"),
+        merged=fast and device.type == "cuda" and precision in HALF,
+        float8=precision == "fp8",
     )
 
 
@@ -86,7 +96,9 @@ def route_denoiser(
     denoiser = denoiser.to(memory_format=layout)  # type: ignore[call-overload]
     if not route.fast:
         return denoiser
-    fast = FastDenoiser(denoiser, merge_upsampling=route.merged, memory_format=layout)
+    fast = FastDenoiser(
+        denoiser, merge_upsampling=route.merged, memory_format=layout, float8=route.float8
+    )
     if not route.compiled:
         return FastSamplingDenoiser(fast)
     folder = None if compile_cache is None else use_compile_cache(compile_cache)
@@ -103,6 +115,7 @@ def compiled_denoiser(
         "model": fast.denoiser.config.to_dict(),
         "savings": str(fast.savings),
         "merged": fast.merge_upsampling,
+        "float8": fast.float8,
     }
-    code = (denoiser_module, denoiser_program, fast_denoiser)
+    code = (denoiser_module, denoiser_program, fast_denoiser, float8_linear)
     return CompiledNetwork("denoiser", fast, depends_on, code, folder, **options)

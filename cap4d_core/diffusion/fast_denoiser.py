@@ -13,7 +13,8 @@ Weights are the denoiser's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.denoiser_program import Kind, Operation, Program, Savings, plan_program
+from cap4d_core.diffusion.float8_linear import Float8Product, fits
 
+# Products of tokens with (a part of) a layer's weights, without its bias.
+Product = Callable[..., Tensor]
 # Features of references at the start of an operation or at a skip: (views, h, w, C) per branch.
 Branches = tuple[Tensor, ...]
 
@@ -105,6 +109,8 @@ class FastDenoiser(nn.Module):
             transposed convolution with summed weights): 4 instead of 9 products per pixel. Exact in
             real arithmetic, but sums are rounded to the weights' type.
         memory_format: of features and convolutions.
+        float8: linear layers of the transformers multiply 8-bit numbers, see `float8_linear`; not
+            the same function any more.
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class FastDenoiser(nn.Module):
         savings: Savings | None = None,
         merge_upsampling: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        float8: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -120,11 +127,15 @@ class FastDenoiser(nn.Module):
         self.program: Program = plan_program(denoiser, self.savings)
         self.memory_format = memory_format
         self.merge_upsampling = merge_upsampling
+        self.float8 = float8
+        self.float8_products = nn.ModuleDict()
         for position, operation in enumerate(self.program.operations):
             module: Any = operation.module
             if operation.kind is Kind.TRANSFORMER:
                 for index, block in enumerate(module.transformer_blocks):
                     self._keep(f"attention_{position}_{index}", _joined_weights(block.attn1))
+                if float8:
+                    self._add_float8(position, module)
             elif operation.kind is Kind.UP and merge_upsampling:
                 folded = _transposed_weight(module.conv.weight)
                 self._keep(f"up_{position}", folded.to(memory_format=memory_format))
@@ -132,6 +143,41 @@ class FastDenoiser(nn.Module):
     def _keep(self, name: str, weight: Tensor) -> None:
         # Buffers, because compiled graphs take their addresses as fixed.
         self.register_buffer(name, weight, persistent=False)
+
+    def _add_float8(self, position: int, transformer: Any) -> None:
+        weights = {
+            f"in_{position}": transformer.proj_in.weight,
+            f"out_{position}": transformer.proj_out.weight,
+        }
+        for index, block in enumerate(transformer.transformer_blocks):
+            at = f"{position}_{index}"
+            weights |= {
+                f"attention_{at}": getattr(self, f"attention_{at}"),
+                f"attended_{at}": block.attn1.to_out[0].weight,
+                f"widen_{at}": block.ff.net[0].proj.weight,
+                f"narrow_{at}": block.ff.net[2].weight,
+            }
+        for name, weight in weights.items():
+            if fits(weight):
+                self.float8_products[name] = Float8Product(weight)
+
+    def _product(self, name: str, weight: Tensor) -> Product:
+        if name in self.float8_products:
+            return self.float8_products[name]
+        return functools.partial(_multiply, weight)
+
+    def _linear(self, name: str, layer: nn.Linear, tokens: Tensor) -> Tensor:
+        """A linear layer, in 8 bits if it has such weights."""
+        if name not in self.float8_products:
+            return layer(tokens)
+        product = self.float8_products[name](tokens)
+        return product if layer.bias is None else product + layer.bias
+
+    def _feed_forward(self, at: str, block: Any, tokens: Tensor) -> Tensor:
+        if not self.float8:
+            return block.ff(tokens)
+        wide, gate = self._linear(f"widen_{at}", block.ff.net[0].proj, tokens).chunk(2, dim=-1)
+        return self._linear(f"narrow_{at}", block.ff.net[2], wide * F.gelu(gate))
 
     @torch.no_grad()
     def time_biases(self, timestep: int | Tensor) -> Tensor:
@@ -298,23 +344,26 @@ class FastDenoiser(nn.Module):
     ) -> Tensor:
         module: Any = operation.module
         across = layout if operation.across_views else None
-        tokens = module.proj_in(module.norm(hidden).permute(0, 2, 3, 1).flatten(1, 2))
+        normed = module.norm(hidden).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = self._linear(f"in_{position}", module.proj_in, normed)
         last = len(module.transformer_blocks) - 1
         for index, block in enumerate(module.transformer_blocks):
-            weight = getattr(self, f"attention_{position}_{index}")
+            at = f"{position}_{index}"
+            product = self._product(f"attention_{at}", getattr(self, f"attention_{at}"))
             normed = block.norm1(tokens)
             drop = drop_references and index == last
             if across is None:
                 # No attention across views: without references every view is its own sample.
-                attended = _attend(block.attn1, F.linear(normed, weight))
+                attended = _attend(block.attn1, product(normed))
             else:
-                attended = _attend_across(block.attn1, normed, weight, across, drop)
+                attended = _attend_across(block.attn1, normed, product, across, drop)
                 if drop:
                     tokens = across.without_references(tokens)
                     hidden = across.without_references(hidden)
-            tokens = block.attn1.to_out[0](attended) + tokens
-            tokens = block.ff(block.norm3(tokens)) + tokens
-        image = module.proj_out(tokens).unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
+            tokens = self._linear(f"attended_{at}", block.attn1.to_out[0], attended) + tokens
+            tokens = self._feed_forward(at, block, block.norm3(tokens)) + tokens
+        flat = self._linear(f"out_{position}", module.proj_out, tokens)
+        image = flat.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
         return image.contiguous(memory_format=self.memory_format) + hidden
 
     def _first_layer(self, latents: Tensor) -> Tensor:
@@ -370,7 +419,7 @@ def _attend_to(attention: Any, query: Tensor, keys_values: Tensor) -> Tensor:
 
 
 def _attend_across(
-    attention: Any, tokens: Tensor, weight: Tensor, layout: ViewLayout, drop_references: bool
+    attention: Any, tokens: Tensor, product: Product, layout: ViewLayout, drop_references: bool
 ) -> Tensor:
     """Attention over all tokens of each sample, (views, tokens, C) in and out.
 
@@ -379,13 +428,13 @@ def _attend_across(
     width = tokens.shape[-1]
     per_view = tokens.shape[1]
     if drop_references:
-        queries = F.linear(layout.without_references(tokens), weight[:width])
-        keys_values = layout.samples(F.linear(tokens, weight[width:]))
+        queries = product(layout.without_references(tokens), slice(width))
+        keys_values = layout.samples(product(tokens, slice(width, None)))
         per_sample = list(
             queries.unflatten(0, (len(layout.stored), layout.batches, layout.generated))
         )
     else:
-        parts = layout.samples(F.linear(tokens, weight))
+        parts = layout.samples(product(tokens))
         per_sample = [part[..., :width] for part in parts]
         keys_values = [part[..., width:] for part in parts]
     seen = []
@@ -399,6 +448,10 @@ def _attend_across(
         questions, seen = [torch.cat(questions)], [torch.cat(seen)]
     attended = [_attend_to(attention, q, kv) for q, kv in zip(questions, seen, strict=True)]
     return torch.cat([part.reshape(-1, per_view, width) for part in attended])
+
+
+def _multiply(weight: Tensor, tokens: Tensor, rows: slice = slice(None)) -> Tensor:
+    return F.linear(tokens, weight[rows])
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 
 from cap4d_core.diffusion.autoencoder import Autoencoder
 from cap4d_core.diffusion.checkpoint import MMDM, load_mmdm
+from cap4d_core.diffusion.float8_linear import LEAST_CAPABILITY
 from cap4d_core.diffusion.model_config import MMDMConfig
 from cap4d_core.diffusion.model_weights import (
     find_checkpoint,
@@ -28,7 +29,10 @@ _TYPES = {
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.bfloat16,
 }
+# Precisions that compute in 16 bits on a GPU.
+HALF = frozenset({"bf16", "fp16", "fp8"})
 # The workflow counts the steps before it sees the model.
 NUM_TRAIN = 1000
 # Device memory (GB) from which so many batches share a network call at the released size. In 16
@@ -38,7 +42,19 @@ _BATCHES_FOR_MEMORY = ((20.0, 4), (14.0, 2))
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Resolves 'auto': bf16 on GPUs that have it, else fp32."""
+    """Resolves 'auto': bf16 on GPUs that have it, else fp32.
+
+    Raises:
+        UserError: 'fp8' on a GPU that does not multiply such numbers.
+    """
+    if precision == "fp8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            found, least = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
+            raise UserError(
+                f"sampling.precision 'fp8' needs a GPU of compute capability {least} or more (Ada, "
+                f"Hopper or newer); {torch.cuda.get_device_name(device)} has {found}. Use 'bf16'."
+            )
     if precision != "auto":
         return precision
     if device.type != "cuda":
@@ -75,7 +91,11 @@ def load_model(mmdm_dir: str | Path, settings: SamplingSettings, device: torch.d
         UserError: the settings do not fit the model, or it cannot be read.
     """
     precision = choose_precision(settings.precision, device)
-    model = load_mmdm(mmdm_dir, _TYPES[precision], device)
+    kind = _TYPES[precision]
+    if precision == "fp8" and device.type != "cuda":
+        logger.warning("sampling.precision 'fp8' is only imitated on the CPU: slower than fp32.")
+        kind = torch.float32
+    model = load_mmdm(mmdm_dir, kind, device)
     check_settings(model.config, settings)
     return model
 

@@ -19,6 +19,7 @@ from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_setup import compiled_denoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
+from cap4d_core.diffusion.float8_linear import LEAST_CAPABILITY, Float8Product
 from cap4d_core.diffusion.grouping import SeededGrouping
 from cap4d_core.diffusion.model_config import AutoencoderConfig
 from cap4d_core.diffusion.pictures import image_from_network
@@ -76,6 +77,41 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
     assert call is None or call.is_compiled
     # Bfloat16 has 8 bits; both forms round equally often, but not the same values.
     assert 1e-4 < plain < 0.05 and error < 1.5 * plain
+
+
+needs_float8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < LEAST_CAPABILITY,
+    reason="the GPU does not multiply 8-bit floats",
+)
+
+
+@needs_float8
+def test_products_of_8_bits_are_those_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(640, 320, generator=generator)
+    tokens = torch.randn(3, 100, 320, generator=generator).bfloat16()
+    product = Float8Product(weight.bfloat16())
+    expected = product(tokens)
+    actual = product.cuda()(tokens.cuda())
+    assert relative(actual.cpu(), expected) < 0.01  # sums of another order, bfloat16 results
+    part = product(tokens.cuda(), slice(320, None))
+    torch.testing.assert_close(part, actual[..., 320:], rtol=0.02, atol=0.05)
+
+
+@needs_float8
+@pytest.mark.parametrize("compiled", [False, True])
+def test_network_with_linear_layers_in_8_bits(tmp_path: Path, compiled: bool) -> None:
+    latents, c = inputs(CONFIG, 1, torch.float32)
+    with torch.no_grad():
+        imitated = FastDenoiser(random_denoiser(CONFIG), float8=True)
+        expected = fast_noise(imitated, latents, c, 1, guided=True)
+        layout = torch.channels_last
+        denoiser = random_denoiser(CONFIG).to("cuda", torch.bfloat16, memory_format=layout)
+        fast = FastDenoiser(denoiser, None, True, layout, float8=True)
+        call = compiled_denoiser(fast, tmp_path) if compiled else None
+        actual = fast_noise(fast, latents.cuda(), c.to("cuda"), 1, True, call)
+    assert fast.float8_products and (call is None or call.is_compiled)
+    assert relative(actual.cpu(), expected) < 0.1
 
 
 def test_compiled_form_is_kept(tmp_path: Path) -> None:
