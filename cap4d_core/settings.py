@@ -198,8 +198,8 @@ class SamplingSettings(StrictModel):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp8"] = Field(
         "auto",
         description="'auto' = bf16 on GPUs that have it, fp32 on the CPU; 'fp8' = bf16 with the "
-        "linear layers in 8 bits, on GPUs from Ada and Hopper on (measured: benchmarks/README.md; not "
-        "yet run on such a GPU).",
+        "linear layers in 8 bits, on GPUs from Ada and Hopper on (quality: benchmarks/README.md; "
+        "not yet run on such a GPU).",
     )
     fast_path: Literal["auto", "off"] = Field(
         "auto",
