@@ -1,6 +1,6 @@
 """Accuracy and speed of the built-in tracker, everything in one go.
 
-    python benchmarks/tracking.py [--real FOLDER] [--demo SUBJECTS] [--json FILE]
+    python -m benchmarks.tracking [--real FOLDER] [--demo SUBJECTS] [--json FILE]
 
 Real data (CAP4D_REAL_DATA, default ../shared/real; left out when absent): photos with fits of
 another tracker, and a video. There the truth is not known. "Distance" is that of the projected
