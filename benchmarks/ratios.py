@@ -23,7 +23,7 @@ import numba
 import torch
 
 from benchmarks import fitting
-from benchmarks.demo_data import demo_head
+from benchmarks.demo_data import demo_head, demo_views
 from benchmarks.denoiser import SMALL, make_call, make_denoiser
 from benchmarks.renderer import make_scene
 from cap4d_core.avatar import losses
@@ -171,7 +171,7 @@ def fitting_parts(folder: Path, head: HeadModel) -> Iterator[Part]:
     arguments = argparse.Namespace(
         preset="demo", compile="off", uv=None, splats=None, lpips=None, size=64
     )
-    images, _ = fitting.demo_views(folder, fitting.DEMO_SUBJECT, 64, 8, "cpu")
+    images, _ = demo_views(folder, fitting.DEMO_SUBJECT, 64, 8, "cpu")
     data = load_image_data([images])
     single, batched = (
         fitting.make_trainer(arguments, head, data, batch, "auto") for batch in (1, 8)

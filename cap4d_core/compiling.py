@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from cap4d_core.batch.asset_cache import compiled_folder
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,17 +23,20 @@ def can_compile(device: torch.device) -> bool:
 
 
 def use_compile_cache(folder: Path) -> Path | None:
-    """Keeps compiled kernels in a subfolder for this GPU and torch, unless the user set another.
+    """Keeps compiled kernels in a subfolder for this GPU and torch.
+
+    Args:
+        folder: where, unless the user set TORCHINDUCTOR_CACHE_DIR or has a cache between workflows.
 
     Returns:
-        The folder, None if it cannot be written.
+        The subfolder, None if it cannot be written.
     """
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     kind = "cpu"
     if torch.cuda.is_available():
         kind = "sm" + "".join(map(str, torch.cuda.get_device_capability()))
-    target = folder / f"{kind}-torch{torch.__version__}"
+    target = (compiled_folder() or folder) / f"{kind}-torch{torch.__version__}"
     try:
         target.mkdir(parents=True, exist_ok=True)
         writable = os.access(target, os.W_OK)

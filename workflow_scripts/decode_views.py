@@ -4,14 +4,9 @@ from cap4d_core.job import Job, run
 
 
 def main(job: Job) -> None:
-    from cap4d_core.batch.asset_cache import compiled_folder
-    from cap4d_core.compiling import use_compile_cache
     from cap4d_core.diffusion.decoding import decode_views
     from cap4d_core.settings import SamplingSettings
 
-    kernels = compiled_folder()
-    if kernels is not None:  # else beside the weights
-        use_compile_cache(kernels)
     index = job.output_file("index")
     decode_views(
         job.input_file("plan"),

@@ -5,7 +5,6 @@ from cap4d_core.job import Job, run
 
 def main(job: Job) -> None:
     from cap4d_core.avatar.fitting import fit_avatar
-    from cap4d_core.batch.asset_cache import compiled_folder
     from cap4d_core.compiling import use_compile_cache
     from cap4d_core.files.image_set import read_image_index
     from cap4d_core.flame.model import HeadModel
@@ -18,7 +17,7 @@ def main(job: Job) -> None:
         settings = settings.model_copy(update={"lpips_weights": weights})
     head_model = job.input_file("head_model")
     if settings.compile != "off" and job.device != "cpu":
-        use_compile_cache(compiled_folder() or head_model.parent / "compiled")
+        use_compile_cache(head_model.parent / "compiled")
     pictures = "crops" if settings.reference_images == "original" else "images"
     references = read_image_index(job.input_file("references"), images=pictures)
     generated = [

@@ -10,14 +10,9 @@ def main(job: Job) -> None:
     weights = job.input_file("mmdm")
     KEEPER.get("read ahead", str(weights), lambda: read_ahead(weights))  # once in a process
 
-    from cap4d_core.batch.asset_cache import compiled_folder
-    from cap4d_core.compiling import use_compile_cache
     from cap4d_core.diffusion.sampling import sample_views
     from cap4d_core.settings import SamplingSettings
 
-    kernels = compiled_folder()
-    if kernels is not None:  # else beside the weights
-        use_compile_cache(kernels)
     shard, _, _ = job.wildcards["scatteritem"].partition("-of-")
     sample_views(
         job.input_file("plan"),

@@ -123,7 +123,20 @@ class Autoencoder(nn.Module):
             self.vae.disable_tiling()
         images = []
         for part in latents.split(batch_size):
-            unscaled = part.to(self.device, torch.float32) / self.config.scaling_factor
-            image = self.vae.decode(unscaled.to(self.dtype)).sample
-            images.append(image.float().to(latents.device))
+            moved = part.to(self.device)
+            image = self._decode_tiled(moved) if tiled else self.decode_whole(moved)
+            images.append(image.to(latents.device))
         return torch.cat(images)
+
+    def decode_whole(self, latents: Tensor) -> Tensor:
+        """As `decode`, all at once and untiled, in operations that a compiler can look into."""
+        inner = self.vae.post_quant_conv(self._unscaled(latents))
+        image: Tensor = self.vae.decoder(inner)
+        return image.float()
+
+    def _decode_tiled(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.vae.decode(self._unscaled(latents)).sample
+        return image.float()
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        return (latents.float() / self.config.scaling_factor).to(self.dtype)

@@ -1,7 +1,7 @@
 """A network under torch.compile, kept as a file so that the next job need not compile.
 
 torch's own caches save code generation but not the tracing of the network, which takes seconds. The
-file holds kernels and guards without weights. Like torch's caches it is unpickled, so its folder
+file holds kernels without weights. Like torch's caches it is unpickled, so its folder
 must be as trusted as the code: it is written by the jobs themselves.
 """
 

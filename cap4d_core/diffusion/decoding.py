@@ -248,19 +248,15 @@ class _Decoder:
 
 
 class _WholeImage(nn.Module):
-    """`Autoencoder.decode` of one latent, without what a compiler cannot look into."""
+    """`Autoencoder.decode_whole` as a network of its own."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
-        self.scaling = autoencoder.config.scaling_factor
-        self.first = autoencoder.vae.post_quant_conv
-        self.decoder = autoencoder.vae.decoder
+        self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:
         """(1, 3, H, W) float32 of a scaled latent (1, 4, h, w)."""
-        unscaled = latent.float() / self.scaling
-        image: Tensor = self.decoder(self.first(unscaled.to(self.first.weight.dtype)))
-        return image.float()
+        return self.autoencoder.decode_whole(latent)
 
 
 def compiled_decoder(autoencoder: Autoencoder, folder: Path | None = None) -> CompiledNetwork:

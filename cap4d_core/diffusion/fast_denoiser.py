@@ -161,10 +161,10 @@ class FastDenoiser(nn.Module):
             if fits(weight):
                 self.float8_products[name] = Float8Product(weight)
 
-    def _product(self, name: str, weight: Tensor) -> Product:
+    def _product(self, name: str) -> Product:
         if name in self.float8_products:
             return self.float8_products[name]
-        return functools.partial(_multiply, weight)
+        return functools.partial(_multiply, getattr(self, name))
 
     def _linear(self, name: str, layer: nn.Linear, tokens: Tensor) -> Tensor:
         """A linear layer, in 8 bits if it has such weights."""
@@ -349,7 +349,7 @@ class FastDenoiser(nn.Module):
         last = len(module.transformer_blocks) - 1
         for index, block in enumerate(module.transformer_blocks):
             at = f"{position}_{index}"
-            product = self._product(f"attention_{at}", getattr(self, f"attention_{at}"))
+            product = self._product(f"attention_{at}")
             normed = block.norm1(tokens)
             drop = drop_references and index == last
             if across is None:

@@ -1,0 +1,44 @@
+"""Where compiled kernels are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cap4d_core.batch.asset_cache import CACHE_VARIABLE
+from cap4d_core.compiling import use_compile_cache
+
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@pytest.fixture(autouse=True)
+def no_folders_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (INDUCTOR, CACHE_VARIABLE):
+        monkeypatch.setenv(name, "")  # what the tests set is taken back
+        monkeypatch.delenv(name)
+
+
+def test_beside_the_weights(tmp_path: Path) -> None:
+    folder = use_compile_cache(tmp_path / "compiled")
+    assert folder is not None and folder.parent == tmp_path / "compiled" and folder.is_dir()
+    assert os.environ[INDUCTOR] == str(folder)
+
+
+def test_in_the_cache_between_workflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    folder = use_compile_cache(tmp_path / "compiled")
+    assert folder is not None and folder.parent == tmp_path / "cache" / "compiled"
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(INDUCTOR, str(tmp_path / "own"))
+    assert use_compile_cache(tmp_path / "compiled") == tmp_path / "own"
+
+
+def test_nowhere_if_it_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "compiled").write_text("a file")
+    assert use_compile_cache(tmp_path / "compiled") is None and INDUCTOR not in os.environ
