@@ -14,7 +14,12 @@ import torch
 
 from cap4d_core.compiling import can_compile, use_compile_cache
 from cap4d_core.diffusion import denoiser as denoiser_module
-from cap4d_core.diffusion import denoiser_program, fast_denoiser, float8_linear
+from cap4d_core.diffusion import (
+    denoiser_program,
+    fast_denoiser,
+    float8_convolution,
+    float8_linear,
+)
 from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
@@ -117,5 +122,7 @@ def compiled_denoiser(
         "merged": fast.merge_upsampling,
         "float8": fast.float8,
     }
-    code = (denoiser_module, denoiser_program, fast_denoiser, float8_linear)
+    code = (
+        denoiser_module, denoiser_program, fast_denoiser, float8_convolution, float8_linear
+    )  # fmt: skip
     return CompiledNetwork("denoiser", fast, depends_on, code, folder, **options)

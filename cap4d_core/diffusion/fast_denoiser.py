@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cap4d_core.diffusion import float8_convolution
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.denoiser_program import Kind, Operation, Program, Savings, plan_program
+from cap4d_core.diffusion.float8_convolution import Float8Convolution
 from cap4d_core.diffusion.float8_linear import Float8Product, fits
 
 # Products of tokens with (a part of) a layer's weights, without its bias.
@@ -109,8 +111,8 @@ class FastDenoiser(nn.Module):
             transposed convolution with summed weights): 4 instead of 9 products per pixel. Exact in
             real arithmetic, but sums are rounded to the weights' type.
         memory_format: of features and convolutions.
-        float8: linear layers of the transformers multiply 8-bit numbers, see `float8_linear`; not
-            the same function any more.
+        float8: linear layers of the transformers and convolutions of the resnets multiply 8-bit
+            numbers, see `float8_linear`, `float8_convolution`; not the same function any more.
     """
 
     def __init__(
@@ -136,6 +138,12 @@ class FastDenoiser(nn.Module):
                     self._keep(f"attention_{position}_{index}", _joined_weights(block.attn1))
                 if float8:
                     self._add_float8(position, module)
+            elif operation.kind is Kind.RESNET and float8:
+                for name in ("conv1", "conv2"):
+                    layer = getattr(module, name)
+                    if layer.in_channels % 16 == layer.out_channels % 16 == 0:
+                        convolution = Float8Convolution(layer.weight)
+                        self.float8_products[f"{name}_{position}"] = convolution
             elif operation.kind is Kind.UP and merge_upsampling:
                 folded = _transposed_weight(module.conv.weight)
                 self._keep(f"up_{position}", folded.to(memory_format=memory_format))
@@ -319,7 +327,7 @@ class FastDenoiser(nn.Module):
         operation = self.program.operations[position]
         module: Any = operation.module
         if operation.kind is Kind.RESNET:
-            return _resnet(module, hidden, biases[operation.resnet])
+            return self._resnet(position, module, hidden, biases[operation.resnet])
         if operation.kind is Kind.TRANSFORMER:
             return self._transformer(position, operation, hidden, layout, drop_references)
         if operation.kind is Kind.DOWN:
@@ -366,6 +374,26 @@ class FastDenoiser(nn.Module):
         image = flat.unflatten(1, hidden.shape[-2:]).permute(0, 3, 1, 2)
         return image.contiguous(memory_format=self.memory_format) + hidden
 
+    def _resnet(self, position: int, module: Any, hidden: Tensor, time_bias: Tensor) -> Tensor:
+        inner = F.silu(module.norm1(hidden))
+        inner = self._convolve(f"conv1_{position}", module.conv1, inner, time_bias[0])
+        inner = F.silu(module.norm2(inner))
+        inner = self._convolve(f"conv2_{position}", module.conv2, inner)
+        if module.conv_shortcut is not None:
+            hidden = module.conv_shortcut(hidden)
+        return hidden + inner
+
+    def _convolve(
+        self, name: str, layer: nn.Conv2d, features: Tensor, more_bias: Tensor | None = None
+    ) -> Tensor:
+        """A convolution, in 8 bits if it has such weights; `more_bias` (N,) is added."""
+        if name in self.float8_products and float8_convolution.fits(layer, features):
+            assert layer.bias is not None
+            bias = layer.bias if more_bias is None else layer.bias + more_bias
+            return self.float8_products[name](features, bias)
+        result = layer(features)
+        return result if more_bias is None else result + more_bias[None, :, None, None]
+
     def _first_layer(self, latents: Tensor) -> Tensor:
         d = self.denoiser
         return d.conv_in(latents.to(d.dtype).contiguous(memory_format=self.memory_format))
@@ -396,14 +424,6 @@ class FastDenoiser(nn.Module):
             times = layout.batches * count // len(branch)
             repeated.append(branch.repeat_interleave(times, 0) if times > 1 else branch)
         return tuple(repeated)
-
-
-def _resnet(module: Any, hidden: Tensor, time_bias: Tensor) -> Tensor:
-    inner = module.conv1(F.silu(module.norm1(hidden))) + time_bias[:, :, None, None]
-    inner = module.conv2(F.silu(module.norm2(inner)))
-    if module.conv_shortcut is not None:
-        hidden = module.conv_shortcut(hidden)
-    return hidden + inner
 
 
 def _attend(attention: Any, packed: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def test_network_with_linear_layers_in_8_bits(references: int) -> None:
         exact = fast_noise(FastDenoiser(denoiser), latents, c, references, guided=True)
         fast = FastDenoiser(denoiser, float8=True)
         coarse = fast_noise(fast, latents, c, references, guided=True)
-    layers = 6 * sum(op.kind.name == "TRANSFORMER" for op in fast.program.operations)
+    kinds = [operation.kind.name for operation in fast.program.operations]
+    layers = 6 * kinds.count("TRANSFORMER") + 2 * kinds.count("RESNET")
     assert len(fast.float8_products) == layers
     assert 1e-4 < deviation(coarse, exact) < 0.1
 

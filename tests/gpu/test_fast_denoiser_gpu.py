@@ -19,6 +19,7 @@ from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_setup import compiled_denoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
+from cap4d_core.diffusion.float8_convolution import Float8Convolution
 from cap4d_core.diffusion.float8_linear import LEAST_CAPABILITY, Float8Product
 from cap4d_core.diffusion.grouping import SeededGrouping
 from cap4d_core.diffusion.model_config import AutoencoderConfig
@@ -96,6 +97,25 @@ def test_products_of_8_bits_are_those_of_the_cpu() -> None:
     assert relative(actual.cpu(), expected) < 0.01  # sums of another order, bfloat16 results
     part = product(tokens.cuda(), slice(320, None))
     torch.testing.assert_close(part, actual[..., 320:], rtol=0.02, atol=0.05)
+
+
+@needs_float8
+@pytest.mark.parametrize(
+    ("batch", "side", "channels"), [(3, 8, (64, 48)), (2, 16, (320, 144)), (1, 64, (320, 320))]
+)
+def test_convolutions_of_8_bits_are_those_of_the_cpu(
+    batch: int, side: int, channels: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_in, num_out = channels
+    weight = torch.randn(num_out, num_in, 3, 3, generator=generator) / (9 * num_in) ** 0.5
+    features = torch.randn(batch, num_in, side, side, generator=generator).bfloat16()
+    features = features.contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(num_out, generator=generator).bfloat16()
+    convolution = Float8Convolution(weight)
+    expected = convolution(features, bias)
+    actual = convolution.cuda()(features.cuda(), bias.cuda())
+    assert relative(actual.cpu(), expected) < 0.01
 
 
 @needs_float8
