@@ -1,13 +1,14 @@
 """A network under torch.compile, kept as a file so that the next job need not compile.
 
 torch's own caches save code generation but not the tracing of the network, which takes seconds. The
-file holds kernels without weights. Like torch's caches it is unpickled, so its folder
-must be as trusted as the code: it is written by the jobs themselves.
+file holds kernels without weights and ends in its checksum. Like torch's caches it is unpickled, so
+its folder must be as trusted as the code: it is written by the jobs themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import tempfile
@@ -74,12 +75,13 @@ class CompiledNetwork:
     def __call__(self, *arguments: Any) -> Tensor:
         """As the network."""
         signature = json.dumps(describe(arguments))
-        call = self._calls.get(signature)
-        if call is None:
-            call = self._calls[signature] = self._prepare(arguments, signature)
-        return call(*arguments)
+        if (call := self._calls.get(signature)) is not None:
+            return call(*arguments)
+        self._calls[signature], result = self._prepare(arguments, signature)
+        return result
 
-    def _prepare(self, arguments: tuple[Any, ...], signature: str) -> Call:
+    def _prepare(self, arguments: tuple[Any, ...], signature: str) -> tuple[Call, Tensor]:
+        """What to call for such arguments, and its result for these."""
         with nullcontext(self.folder) if self.folder else tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{self.name}-{self._key(signature)}{_SUFFIX}"
             if (loaded := self._load(file, arguments)) is not None:
@@ -87,13 +89,10 @@ class CompiledNetwork:
             expected = self.network(*arguments)
             for compile_ in (self._compile_to, self._compile):
                 try:
-                    compiled = compile_(file, arguments)
-                    check(compiled(*arguments), expected)
-                    return compiled
+                    return compile_(file, arguments, expected)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # compilers fail in many ways
-                    file.unlink(missing_ok=True)
                     reason = _first_line(error)
                     if compile_ == self._compile:
                         logger.warning(
@@ -102,26 +101,32 @@ class CompiledNetwork:
                     else:
                         logger.info("Compiled kernels cannot be kept as a file: %s", reason)
         self.is_compiled = False
-        return self.network
+        return self.network, expected
 
-    def _load(self, file: Path, arguments: tuple[Any, ...]) -> Call | None:
-        """The form kept in `file`; None if there is none that can be used."""
+    def _load(self, file: Path, arguments: tuple[Any, ...]) -> tuple[Call, Tensor] | None:
+        """The form kept in `file`; None if there is none that can be used.
+
+        Its results were compared with the network's before it was written: running the network
+        here as well would take a part of the few seconds that a job needs to start.
+        """
         if not file.exists():
             return None
         try:
-            with file.open("rb") as stream:
-                function = torch.compiler.load_compiled_function(stream)  # type: ignore[attr-defined,unused-ignore]
+            stream = io.BytesIO(_without_checksum(file.read_bytes()))
+            function = torch.compiler.load_compiled_function(stream)  # type: ignore[attr-defined,unused-ignore]
             call = self._with_weights(function)
-            check(call(*arguments), self.network(*arguments))
+            result = call(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # made elsewhere, damaged
             logger.info("Compiling anew: %s cannot be used (%s).", file, _first_line(error))
             return None
         self.was_loaded = True
-        return call
+        return call, result
 
-    def _compile_to(self, file: Path, arguments: tuple[Any, ...]) -> Call:
+    def _compile_to(
+        self, file: Path, arguments: tuple[Any, ...], expected: Tensor
+    ) -> tuple[Call, Tensor]:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Jobs that start together need not all compile the same.
         lock = wait_for_lock(file.with_suffix(".lock"), logger.info)
@@ -134,15 +139,27 @@ class CompiledNetwork:
             with _ahead_of_time():
                 compiler = self._torch_compiled(guard_filter_fn=_no_guards)
                 traced: Any = compiler.aot_compile(((self.network, *arguments), {}))
+            made = self._checked(traced, arguments, expected)
             with atomic_path(file) as temporary:
                 traced.save_compiled_function(str(temporary))
-            return self._with_weights(traced)
+                temporary.write_bytes(_with_checksum(temporary.read_bytes()))
+            return made
         finally:
             lock.release()
 
-    def _compile(self, _: Path, __: tuple[Any, ...]) -> Call:
+    def _compile(
+        self, _: Path, arguments: tuple[Any, ...], expected: Tensor
+    ) -> tuple[Call, Tensor]:
         self.was_loaded = False
-        return self._with_weights(self._torch_compiled())
+        return self._checked(self._torch_compiled(), arguments, expected)
+
+    def _checked(
+        self, function: Any, arguments: tuple[Any, ...], expected: Tensor
+    ) -> tuple[Call, Tensor]:
+        call = self._with_weights(function)
+        result = call(*arguments)
+        check(result, expected)
+        return call, result
 
     def _torch_compiled(self, **options: Any) -> Any:
         options = self.options | options
@@ -158,6 +175,7 @@ class CompiledNetwork:
             "torch": torch.__version__,
             "diffusers": version("diffusers"),
             "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "libraries": [torch.version.cuda, torch.backends.cudnn.version()] if cuda else [],
             "tf32": torch.backends.cudnn.allow_tf32,
             "network": dict(self.depends_on),
             "arguments": signature,
@@ -205,6 +223,18 @@ def _ahead_of_time() -> AbstractContextManager[Any]:
     config: Any = torch._dynamo.config
     has_switch = hasattr(config, "enable_aot_compile")
     return config.patch(enable_aot_compile=True) if has_switch else nullcontext()
+
+
+def _with_checksum(content: bytes) -> bytes:
+    return content + hashlib.sha256(content).digest()
+
+
+def _without_checksum(content: bytes) -> bytes:
+    """Raises ValueError if the content is not what was written."""
+    rest = content[: -hashlib.sha256().digest_size]
+    if _with_checksum(rest) != content:
+        raise ValueError("its checksum is wrong")
+    return rest
 
 
 def _first_line(error: Exception) -> str:

@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Pixels and channels of a tile, channels summed at a time, warps, stages of the pipeline.
-_PIXELS, _CHANNELS, _SUMMED, _WARPS, _STAGES = 128, 128, 128, 8, 4
+# Channels of a tile, channels summed at a time, warps.
+_CHANNELS, _SUMMED, _WARPS = 128, 128, 8
+# Pixels of a tile, if that makes enough tiles to keep all processors busy.
+_PIXELS = ((256, 512), (128, 0))
 
 
 @triton.jit
@@ -54,18 +56,23 @@ def launch(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
     batch, height, width, num_in = pixels.shape
     num_out = weight.shape[1]
     out = torch.empty((batch, height, width, num_out), dtype=bias.dtype, device=pixels.device)
-    box = _box(batch, height, width, _PIXELS)
-    summed = min(_SUMMED, triton.next_power_of_2(num_in))
+    columns = triton.cdiv(num_out, _CHANNELS)
+    total = batch * height * width
+    pixels_of_tile = next(n for n, enough in _PIXELS if total * columns >= n * enough)
+    box = _box(batch, height, width, pixels_of_tile)
+    # At least what one instruction sums; what lies beyond the channels is zero.
+    summed = max(32, min(_SUMMED, triton.next_power_of_2(num_in)))
     if num_in % summed:
         summed = 64  # less of the last part is empty
     grid: Any = (
-        triton.cdiv(num_out, _CHANNELS),
+        columns,
         (batch // box[0]) * (height // box[1]) * (width // box[2]),
     )
     _convolve[grid](
         TensorDescriptor.from_tensor(pixels, [*box, summed]),
         TensorDescriptor.from_tensor(weight, [1, _CHANNELS, summed]),
-        scale, bias, out, height, width, num_in, num_out, *box, _CHANNELS, summed, _STAGES,
+        scale, bias, out, height, width, num_in, num_out, *box, _CHANNELS, summed,
+        3 if summed == _SUMMED else 4,
         num_warps=_WARPS,
     )  # fmt: skip
     return out
@@ -73,7 +80,7 @@ def launch(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
 
 def _box(batch: int, height: int, width: int, pixels: int) -> tuple[int, int, int]:
     """Images, rows and columns of a tile: powers of two that divide the sizes."""
-    w = _power_of_two(width, 32)
+    w = _power_of_two(width, 64 if pixels >= 256 else 32)
     h = _power_of_two(height, pixels // w)
     return _power_of_two(batch, pixels // (w * h)), h, w
 
