@@ -26,7 +26,7 @@ from cap4d_core.diffusion import float8_convolution
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.denoiser_program import Kind, Operation, Program, Savings, plan_program
 from cap4d_core.diffusion.float8_convolution import Float8Convolution
-from cap4d_core.diffusion.float8_linear import Float8Product, fits
+from cap4d_core.diffusion.float8_linear import Float8Product, fits, gate
 
 # Products of tokens with (a part of) a layer's weights, without its bias.
 Product = Callable[..., Tensor]
@@ -182,10 +182,18 @@ class FastDenoiser(nn.Module):
         return product if layer.bias is None else product + layer.bias
 
     def _feed_forward(self, at: str, block: Any, tokens: Tensor) -> Tensor:
-        if not self.float8:
+        if f"narrow_{at}" not in self.float8_products:
             return block.ff(tokens)
-        wide, gate = self._linear(f"widen_{at}", block.ff.net[0].proj, tokens).chunk(2, dim=-1)
-        return self._linear(f"narrow_{at}", block.ff.net[2], wide * F.gelu(gate))
+        widen, narrow = block.ff.net[0].proj, block.ff.net[2]
+        wide = f"widen_{at}"
+        if wide in self.float8_products:
+            product = self.float8_products[wide](tokens)
+        else:
+            product = F.linear(tokens, widen.weight)
+        gated, scale = gate(product.flatten(0, -2), widen.bias)
+        last: Any = self.float8_products[f"narrow_{at}"]
+        result: Tensor = last.multiply(gated, scale, tokens.dtype)
+        return result.unflatten(0, tokens.shape[:-1]) + narrow.bias
 
     @torch.no_grad()
     def time_biases(self, timestep: int | Tensor) -> Tensor:
@@ -375,23 +383,28 @@ class FastDenoiser(nn.Module):
         return image.contiguous(memory_format=self.memory_format) + hidden
 
     def _resnet(self, position: int, module: Any, hidden: Tensor, time_bias: Tensor) -> Tensor:
-        inner = F.silu(module.norm1(hidden))
-        inner = self._convolve(f"conv1_{position}", module.conv1, inner, time_bias[0])
-        inner = F.silu(module.norm2(inner))
-        inner = self._convolve(f"conv2_{position}", module.conv2, inner)
+        inner = self._convolve(
+            f"conv1_{position}", module.norm1, module.conv1, hidden, time_bias[0]
+        )
+        inner = self._convolve(f"conv2_{position}", module.norm2, module.conv2, inner)
         if module.conv_shortcut is not None:
             hidden = module.conv_shortcut(hidden)
         return hidden + inner
 
     def _convolve(
-        self, name: str, layer: nn.Conv2d, features: Tensor, more_bias: Tensor | None = None
+        self,
+        name: str,
+        norm: nn.GroupNorm,
+        layer: nn.Conv2d,
+        features: Tensor,
+        more_bias: Tensor | None = None,
     ) -> Tensor:
-        """A convolution, in 8 bits if it has such weights; `more_bias` (N,) is added."""
+        """Norm, SiLU and convolution, in 8 bits if it has such weights; `more_bias` (N,)."""
         if name in self.float8_products and float8_convolution.fits(layer, features):
             assert layer.bias is not None
             bias = layer.bias if more_bias is None else layer.bias + more_bias
-            return self.float8_products[name](features, bias)
-        result = layer(features)
+            return self.float8_products[name](features, norm, bias)
+        result = layer(F.silu(norm(features)))
         return result if more_bias is None else result + more_bias[None, :, None, None]
 
     def _first_layer(self, latents: Tensor) -> Tensor:

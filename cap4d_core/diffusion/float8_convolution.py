@@ -2,7 +2,7 @@
 
 Numbers are e4m3, see `float8_linear`. Inputs are what follows group norm and SiLU, whose size is
 known beforehand, so one scale serves all of them; every output channel of the weights has its own.
-On CUDA a Triton kernel (`float8_convolution_kernel`); elsewhere the same numbers are multiplied in
+On CUDA a Triton kernel (`float8_kernels`); elsewhere the same numbers are multiplied in
 float32.
 """
 
@@ -38,11 +38,22 @@ class Float8Convolution(nn.Module):
         self.register_buffer("weight", taps.contiguous().to(TYPE), persistent=False)
         self.register_buffer("scale", scale.squeeze(-1) / INPUT_SCALE, persistent=False)
 
-    def forward(self, features: Tensor, bias: Tensor) -> Tensor:
-        """(B, N, H, W) of normalised (B, C, H, W), both channels last; `bias` (N,)."""
-        scaled = (features.float() * INPUT_SCALE).clamp(-LARGEST, LARGEST).to(TYPE)
-        pixels = scaled.permute(0, 2, 3, 1).contiguous()
-        return convolve(pixels, self.weight, self.scale, bias).permute(0, 3, 1, 2)
+    def forward(self, features: Tensor, norm: nn.GroupNorm, bias: Tensor) -> Tensor:
+        """(B, N, H, W) of `norm` and SiLU of (B, C, H, W), both channels last; `bias` (N,)."""
+        factor, offset = _affine(features, norm)
+        pixels = features.permute(0, 2, 3, 1).contiguous()
+        activated = activate(pixels, factor, offset)
+        return convolve(activated, self.weight, self.scale, bias).permute(0, 3, 1, 2)
+
+
+def _affine(features: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """(B, C) float32 factors and offsets that a group norm comes to."""
+    grouped = features.float().unflatten(1, (norm.num_groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
+    repeats = norm.num_channels // norm.num_groups
+    inverse = (variance + norm.eps).rsqrt().repeat_interleave(repeats, 1)
+    factor = inverse * norm.weight.float()
+    return factor, norm.bias.float() - mean.repeat_interleave(repeats, 1) * factor
 
 
 def fits(layer: nn.Conv2d, features: Tensor) -> bool:
@@ -56,13 +67,29 @@ def fits(layer: nn.Conv2d, features: Tensor) -> bool:
     )
 
 
+@torch.library.custom_op("cap4d_core::activate_float8", mutates_args=())
+def activate(pixels: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """8-bit SiLU of (B, H, W, C) times `factor` plus `offset`, both (B, C) float32."""
+    if pixels.is_cuda:
+        from cap4d_core.diffusion import float8_kernels
+
+        return float8_kernels.activate(pixels, factor, offset, INPUT_SCALE)
+    values = F.silu(pixels.float() * factor[:, None, None] + offset[:, None, None])
+    return (values * INPUT_SCALE).clamp(-LARGEST, LARGEST).to(TYPE)
+
+
+@activate.register_fake
+def _(pixels: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(pixels, dtype=TYPE)
+
+
 @torch.library.custom_op("cap4d_core::convolve_float8", mutates_args=())
 def convolve(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """(B, H, W, N) in the type of `bias` from 8-bit (B, H, W, C) and (9, N, C), scale (N,)."""
     if pixels.is_cuda:
-        from cap4d_core.diffusion.float8_convolution_kernel import launch
+        from cap4d_core.diffusion import float8_kernels
 
-        return launch(pixels, weight, scale, bias)
+        return float8_kernels.convolve(pixels, weight, scale, bias)
     kernel = weight.float().unflatten(0, (3, 3)).permute(2, 3, 0, 1)
     product = F.conv2d(pixels.float().permute(0, 3, 1, 2), kernel, padding=1)
     return (product.permute(0, 2, 3, 1) * scale + bias.float()).to(bias.dtype).contiguous()

@@ -8,14 +8,20 @@ of its own, so outliers of one do not coarsen the others; sums are float32.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 TYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(TYPE).max
+# Of rows that are zero.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Compute capability of CUDA devices that multiply them, from Ada on.
 LEAST_CAPABILITY = (8, 9)
 # What the hardware's kernels ask of both sides of a weight.
 _MULTIPLE = 16
+# From so many inputs on products gain more than the making of the numbers costs, as measured on an
+# H200; see benchmarks/README.md.
+_WORTH_INPUTS = 512
 
 
 class Float8Product(nn.Module):
@@ -37,25 +43,66 @@ class Float8Product(nn.Module):
     def forward(self, tokens: Tensor, rows: slice = slice(None)) -> Tensor:
         """(..., n) in the type of `tokens` (..., K); `rows` takes a part of the N channels."""
         flat, scale = quantise(tokens.flatten(0, -2))
+        product = self.multiply(flat, scale, tokens.dtype, rows)
+        return product.unflatten(0, tokens.shape[:-1])
+
+    def multiply(
+        self, quantised: Tensor, scale: Tensor, dtype: torch.dtype, rows: slice = slice(None)
+    ) -> Tensor:
+        """(M, n) from 8-bit (M, K) and their (M, 1) scales."""
         weight, weight_scale = self.weight[rows], self.scale[rows]
-        if tokens.is_cuda:
-            product = torch._scaled_mm(
-                flat, weight.t(), scale, weight_scale[None], out_dtype=tokens.dtype,
+        if quantised.is_cuda:
+            return torch._scaled_mm(
+                quantised, weight.t(), scale, weight_scale[None], out_dtype=dtype,
                 use_fast_accum=True,
             )  # fmt: skip
-        else:  # the same numbers, multiplied in float32
-            product = flat.float() @ weight.float().t() * scale * weight_scale
-        return product.to(tokens.dtype).unflatten(0, tokens.shape[:-1])
+        # the same numbers, multiplied in float32
+        product = quantised.float() @ weight.float().t() * scale * weight_scale
+        return product.to(dtype)
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a layer's (N, K) weight can be multiplied in 8 bits."""
-    return weight.ndim == 2 and all(side % _MULTIPLE == 0 for side in weight.shape)
+    """Whether a layer's (N, K) weight can be multiplied in 8 bits, and on a GPU gains by it.
+
+    Small and square layers lose more to the making of the numbers than their product gains.
+    """
+    if weight.ndim != 2:
+        return False
+    outputs, inputs = weight.shape
+    possible = outputs % _MULTIPLE == inputs % _MULTIPLE == 0
+    worth_it = inputs >= _WORTH_INPUTS and max(outputs, inputs) >= 3 * min(outputs, inputs)
+    return possible and (worth_it or not weight.is_cuda)
+
+
+@torch.library.custom_op("cap4d_core::gate_float8", mutates_args=())
+def gate(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit GEGLU (Shazeer, GLU Variants Improve Transformer, 2020), as `quantise` would give.
+
+    Args:
+        product: (M, 2 K), values before gates, without the bias.
+        bias: (2 K,).
+
+    Returns:
+        (M, K) numbers and (M, 1) scales.
+    """
+    if product.is_cuda:
+        from cap4d_core.diffusion import float8_kernels
+
+        return float8_kernels.gate(product, bias)
+    values, gates = (product + bias).chunk(2, dim=-1)
+    return quantise(values * F.gelu(gates))
+
+
+@gate.register_fake
+def _(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    rows, width = product.shape
+    scale = product.new_empty((rows, 1), dtype=torch.float32)
+    return product.new_empty((rows, width // 2), dtype=TYPE), scale
 
 
 def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit numbers (n, K) and the float32 scales (n, 1) that they are to be multiplied by."""
     values = values.float()
     largest = values.abs().amax(-1, keepdim=True)
-    scale = largest.clamp(min=torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
+    scale = largest.clamp(min=SMALLEST_SCALE * LARGEST) / LARGEST
     return (values / scale).to(TYPE), scale

@@ -7,11 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cap4d_core.diffusion.float8_convolution import Float8Convolution, convolve, fits
+from cap4d_core.diffusion.float8_convolution import Float8Convolution, activate, convolve, fits
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_norm(channels: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(8, channels).requires_grad_(False)
+    norm.weight.copy_(normal(channels, seed=3))
+    norm.bias.copy_(normal(channels, seed=4))
+    return norm
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -19,19 +26,25 @@ def test_results_are_near_the_exact_ones(kind: torch.dtype) -> None:
     weight, bias = normal(32, 48, 3, 3, seed=1) / 20, normal(32, seed=2).to(kind)
     # Channels of weights of very different size have scales of their own.
     weight *= torch.logspace(-3, 3, 32)[:, None, None, None]
-    features = F.silu(normal(2, 48, 8, 16)).to(kind).contiguous(memory_format=torch.channels_last)
-    actual = Float8Convolution(weight)(features, bias)
-    exact = F.conv2d(features.float(), weight, bias.float(), padding=1)
+    features = normal(2, 48, 8, 16).mul(3).add(1).to(kind)
+    features = features.contiguous(memory_format=torch.channels_last)
+    norm = some_norm(48)
+    actual = Float8Convolution(weight)(features, norm, bias)
+    exact = F.conv2d(F.silu(norm(features.float())), weight, bias.float(), padding=1)
     assert actual.dtype == kind and actual.is_contiguous(memory_format=torch.channels_last)
     difference, size = ((t.transpose(0, 1).flatten(1)).norm(dim=1) for t in (actual - exact, exact))
     errors = difference / size
-    assert 1e-3 < errors.max() < 0.06
+    # Sums of some channels nearly cancel.
+    assert 1e-3 < errors.max() < 0.12 and errors.median() < 0.05
 
 
 def test_large_inputs_saturate() -> None:
     weight = torch.zeros(16, 16, 3, 3)
     weight[:, :, 1, 1] = torch.eye(16)
-    result = Float8Convolution(weight)(torch.full((1, 16, 8, 8), 1e6), torch.zeros(16))
+    norm = nn.GroupNorm(4, 16)
+    norm.bias.data.fill_(1e6)
+    with torch.no_grad():
+        result = Float8Convolution(weight)(normal(1, 16, 8, 8), norm, torch.zeros(16))
     torch.testing.assert_close(result, torch.full((1, 16, 8, 8), 28.0))
 
 
@@ -44,14 +57,10 @@ def test_which_layers_fit() -> None:
     assert not fits(nn.Conv2d(32, 16, 3, padding=1), torch.zeros(1, 32, 4, 4))
 
 
-def test_compilers_know_its_shape() -> None:
-    torch.library.opcheck(
-        convolve,
-        (
-            normal(1, 8, 8, 16).to(torch.float8_e4m3fn),
-            normal(9, 32, 16).to(torch.float8_e4m3fn),
-            torch.ones(32),
-            torch.zeros(32),
-        ),
-        test_utils="test_faketensor",
-    )
+def test_compilers_know_shapes() -> None:
+    pixels, kernel = (t.to(torch.float8_e4m3fn) for t in (normal(1, 8, 8, 16), normal(9, 32, 16)))
+    for operator, arguments in (
+        (convolve, (pixels, kernel, torch.ones(32), torch.zeros(32))),
+        (activate, (normal(1, 8, 8, 16), torch.ones(1, 16), torch.zeros(1, 16))),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils="test_faketensor")

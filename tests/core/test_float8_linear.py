@@ -7,7 +7,7 @@ import torch
 
 from cap4d_core.diffusion.denoiser_setup import choose_route
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
-from cap4d_core.diffusion.float8_linear import Float8Product, fits, quantise
+from cap4d_core.diffusion.float8_linear import Float8Product, fits, gate, quantise
 from cap4d_core.diffusion.network_setup import choose_precision
 from cap4d_core.errors import UserError
 from tests.core.mmdm_models import random_denoiser
@@ -45,6 +45,19 @@ def test_products_are_near_the_exact_ones(kind: torch.dtype) -> None:
     errors = (actual.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert 1e-3 < errors.max() < 0.06
     torch.testing.assert_close(product(tokens, slice(16, None)), actual[..., 16:])
+
+
+def test_gates_are_near_the_exact_ones() -> None:
+    product, bias = normal(20, 96), normal(96)
+    values, gates = (product + bias).chunk(2, dim=-1)
+    exact = values * torch.nn.functional.gelu(gates)
+    quantised, scale = gate(product, bias)
+    assert quantised.dtype == torch.float8_e4m3fn
+    largest = exact.abs().amax(1, keepdim=True)
+    restored = quantised.float() * scale
+    torch.testing.assert_close(restored.abs().amax(1, keepdim=True), largest)
+    assert ((restored - exact).abs() <= ROUNDING * torch.maximum(exact.abs(), largest / 100)).all()
+    torch.library.opcheck(gate, (product, bias), test_utils="test_faketensor")
 
 
 def test_layers_of_other_widths_stay_as_they_are() -> None:

@@ -1,7 +1,8 @@
-"""Triton kernel of `float8_convolution`: implicit matrix products of boxes of pixels.
+"""Triton kernels of `float8_convolution` and `float8_linear`.
 
-The tensor memory accelerator (from Hopper on) fetches a box of pixels shifted by each of the nine
-taps and fills what lies outside of the picture with zeros, so padding needs no code.
+Convolutions are implicit matrix products of boxes of pixels: the tensor memory accelerator (from
+Hopper on) fetches a box shifted by each of the nine taps and fills what lies outside of the picture
+with zeros, so padding needs no code. The other two make 8-bit numbers in one pass over memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cap4d_core.diffusion.float8_linear import LARGEST, SMALLEST_SCALE, TYPE
 
 # Channels of a tile, channels summed at a time, warps.
 _CHANNELS, _SUMMED, _WARPS = 128, 128, 8
@@ -51,7 +54,7 @@ def _convolve(
     tl.store(place, total.to(out.dtype.element_ty), mask=inside[None, :])
 
 
-def launch(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def convolve(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """As `float8_convolution.convolve`."""
     batch, height, width, num_in = pixels.shape
     num_out = weight.shape[1]
@@ -74,6 +77,65 @@ def launch(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tenso
         scale, bias, out, height, width, num_in, num_out, *box, _CHANNELS, summed,
         3 if summed == _SUMMED else 4,
         num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gate(product, bias, out, scale, num_out, largest, smallest, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, block)
+    inside = k < num_out
+    wide = tl.load(product + row * 2 * num_out + k, mask=inside, other=0.0).to(tl.float32)
+    wide += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(product + row * 2 * num_out + num_out + k, mask=inside, other=0.0)
+    gate = gate.to(tl.float32) + tl.load(bias + num_out + k, mask=inside, other=0.0).to(tl.float32)
+    value = wide * 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    size = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
+    tl.store(out + row * num_out + k, (value * (1.0 / size)).to(out.dtype.element_ty), mask=inside)
+    tl.store(scale + row, size)
+
+
+def gate(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """As `float8_linear.gate`."""
+    rows, width = product.shape
+    num_out = width // 2
+    out = torch.empty((rows, num_out), dtype=TYPE, device=product.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=product.device)
+    block = triton.next_power_of_2(num_out)
+    _gate[(rows,)](
+        product, bias, out, scale, num_out, LARGEST, SMALLEST_SCALE, block,
+        num_warps=max(1, min(block // 512, 16)),
+    )  # fmt: skip
+    return out, scale
+
+
+@triton.jit
+def _activate(
+    pixels, factor, offset, out, num_pixels, num_channels, input_scale, largest,
+    rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * rows
+    c = tl.program_id(1) * columns + tl.arange(0, columns)
+    image = first // num_pixels
+    place = (first + tl.arange(0, rows))[:, None] * num_channels + c[None, :]
+    value = tl.load(pixels + place).to(tl.float32)
+    value = value * tl.load(factor + image * num_channels + c)[None, :]
+    value += tl.load(offset + image * num_channels + c)[None, :]
+    value = value / (1.0 + tl.exp(-value)) * input_scale
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    tl.store(out + place, value.to(out.dtype.element_ty))
+
+
+def activate(pixels: Tensor, factor: Tensor, offset: Tensor, input_scale: float) -> Tensor:
+    """As `float8_convolution.activate`."""
+    batch, height, width, channels = pixels.shape
+    out = torch.empty(pixels.shape, dtype=TYPE, device=pixels.device)
+    columns = _power_of_two(channels, 256)
+    rows = _power_of_two(height * width, 4096 // columns)
+    _activate[(batch * height * width // rows, channels // columns)](
+        pixels, factor, offset, out, height * width, channels, input_scale, LARGEST, rows, columns,
+        num_warps=4,
     )  # fmt: skip
     return out
 
