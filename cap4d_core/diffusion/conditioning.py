@@ -30,7 +30,7 @@ from cap4d_core.geometry.mesh_rasterizer import Fragments, rasterize
 
 NUM_MOUTH_VERTICES = 200
 # Views rendered together on a GPU, which a single one does not fill. Memory: about 0.15 GB each.
-VIEWS_AT_ONCE = 8
+VIEWS_AT_ONCE = 16
 # Maps of one shard at the released size are 90 MB; all 840 views would be 0.7 GB.
 CACHE_BYTES = 512 * 2**20
 

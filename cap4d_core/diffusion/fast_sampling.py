@@ -1,13 +1,14 @@
 """Steps of stochastic I/O sampling through the fast denoiser.
 
-What all calls of a step share is computed once per step, indices are uploaded once per step, and
-conditioning maps stay on the device, so nothing between two steps waits for the device.
+What all calls of a step share is computed once per step, and while the device is still busy with
+the step before; indices are uploaded once per step, and conditioning maps stay on the device.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, ReferenceFeatures
-from cap4d_core.diffusion.sampler import ConditioningSource, PlainStep, StepNoise
+from cap4d_core.diffusion.sampler import ConditioningSource, PlainStep, StepNoise, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,27 @@ class FastSamplingDenoiser:
         return PlainStep(self, references, generated, guidance_scale, batches_per_call)
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """What all calls of a step share, on the device.
+
+    Attributes:
+        plan: the step's.
+        reference_ids: (n_its, R) rows of `features`, filled up to whole calls.
+        view_ids, view_batches: (n_its, G) views, likewise; on the device and on the host.
+        biases, features: see `FastDenoiser`.
+        guided: whether both branches are computed.
+    """
+
+    plan: StepPlan
+    reference_ids: Tensor
+    view_ids: Tensor
+    view_batches: NDArray[np.int64]
+    biases: Tensor
+    features: ReferenceFeatures | None
+    guided: bool
+
+
 class _FastStep:
     def __init__(
         self,
@@ -83,6 +105,7 @@ class _FastStep:
         self.generated = generated
         self.guidance_scale = guidance_scale
         self.batches_per_call = batches_per_call
+        self.announced: _Shared | None = None
         self.device, self.dtype = network.device, network.dtype
         config = network.config
         frames = references.index(torch.arange(len(references))).to(self.device)
@@ -103,54 +126,62 @@ class _FastStep:
             masks.append((first_view.ref_mask == 0).all().to(self.device))
         self.is_exact = bool(torch.stack(masks).all())
 
-    def __call__(
-        self,
-        timestep: int,
-        reference_batches: NDArray[np.int64],
-        view_batches: NDArray[np.int64],
-        latents: Tensor,
-        guided: bool = True,
-    ) -> Tensor:
+    def __call__(self, plan: StepPlan, latents: Tensor) -> Tensor:
         """As StepNoise."""
-        guided = guided and self.guidance_scale != 1
+        shared, self.announced = self.announced, None
+        if shared is None or shared.plan is not plan:
+            shared = self._shared(plan)
+        size, batches = self.batches_per_call, len(plan.view_batches)
+        current = latents.to(self.device)
+        prediction = torch.empty_like(current)
+        for first in range(0, batches, size):
+            views = shared.view_ids[first : first + size]
+            refs = shared.reference_ids[first : first + size]
+            flat = views.flatten()
+            features = shared.features
+            noise = self.owner.call(
+                current.index_select(0, flat).unflatten(0, views.shape),
+                self._maps_of(flat, shared.view_batches[first : first + size]).unflatten(
+                    0, views.shape
+                ),
+                shared.biases,
+                None if features is None else features.gather(refs.flatten(), len(views)),
+                refs.shape[1],
+                shared.guided,
+            )
+            if shared.guided:
+                without, with_conditions = noise[0].float(), noise[1].float()
+                noise = without + self.guidance_scale * (with_conditions - without)
+            real = min(size, batches - first)
+            prediction[views[:real].flatten()] = noise[:real].flatten(0, 1).to(prediction)
+        return prediction.to(latents.device)
+
+    def announce(self, plan: StepPlan) -> None:
+        """As StepNoise."""
+        self.announced = self._shared(plan)
+
+    def _shared(self, plan: StepPlan) -> _Shared:
         fast, device = self.owner.denoiser, self.device
-        used, local = np.unique(reference_batches, return_inverse=True)
-        local = local.reshape(reference_batches.shape)
-        batches, size = len(view_batches), self.batches_per_call
+        guided = plan.guided and self.guidance_scale != 1
+        used, local = np.unique(plan.reference_batches, return_inverse=True)
+        local = local.reshape(plan.reference_batches.shape)
+        view_batches = plan.view_batches
         if self.owner.same_shapes:
-            fill = -batches % size
+            fill = -len(view_batches) % self.batches_per_call
             local = np.concatenate([local, np.repeat(local[-1:], fill, 0)])
             view_batches = np.concatenate([view_batches, np.repeat(view_batches[-1:], fill, 0)])
-        reference_ids = torch.from_numpy(local).to(device)
-        view_ids = torch.from_numpy(view_batches).to(device)
         rows = torch.from_numpy(used).to(device)
-        biases = fast.time_biases(torch.full((1,), timestep, device=device))
+        biases = fast.time_biases(torch.full((1,), plan.timestep, device=device))
         features = fast.reference_features(
             self.reference_latents.index_select(0, rows),
             self.reference_maps.index_select(0, rows),
             biases,
             guided,
         )
-        current = latents.to(device)
-        prediction = torch.empty_like(current)
-        for first in range(0, batches, size):
-            views = view_ids[first : first + size]
-            refs = reference_ids[first : first + size]
-            flat = views.flatten()
-            noise = self.owner.call(
-                current.index_select(0, flat).unflatten(0, views.shape),
-                self._maps_of(flat, view_batches[first : first + size]).unflatten(0, views.shape),
-                biases,
-                None if features is None else features.gather(refs.flatten(), len(views)),
-                refs.shape[1],
-                guided,
-            )
-            if guided:
-                without, with_conditions = noise[0].float(), noise[1].float()
-                noise = without + self.guidance_scale * (with_conditions - without)
-            real = min(size, batches - first)
-            prediction[views[:real].flatten()] = noise[:real].flatten(0, 1).to(prediction)
-        return prediction.to(latents.device)
+        reference_ids, view_ids = (
+            torch.from_numpy(ids).to(device) for ids in (local, view_batches)
+        )
+        return _Shared(plan, reference_ids, view_ids, view_batches, biases, features, guided)
 
     def _maps_of(self, on_device: Tensor, on_host: NDArray[np.int64]) -> Tensor:
         if self.maps is not None:

@@ -46,21 +46,32 @@ class ConditioningSource(Protocol):
 Denoiser = Callable[[Tensor, Tensor, FrameConditioning], Tensor]
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step does, whatever the latents are.
+
+    Attributes:
+        timestep: of the schedule.
+        reference_batches: (n_its, R) references of every batch.
+        view_batches: (n_its, G) views of every batch.
+        guided: False = the conditional prediction alone.
+    """
+
+    timestep: int
+    reference_batches: NDArray[np.int64]
+    view_batches: NDArray[np.int64]
+    guided: bool = True
+
+
 class StepNoise(Protocol):
     """Predicts the noise of all views in one step."""
 
-    def __call__(
-        self,
-        timestep: int,
-        reference_batches: NDArray[np.int64],
-        view_batches: NDArray[np.int64],
-        latents: Tensor,
-        guided: bool = True,
-    ) -> Tensor:
-        """Noise of `latents` (N, 4, h, w), from batches (n_its, R) and (n_its, G).
+    def __call__(self, plan: StepPlan, latents: Tensor) -> Tensor:
+        """Noise of `latents` (N, 4, h, w)."""
+        ...
 
-        Guided, or the conditional prediction alone.
-        """
+    def announce(self, plan: StepPlan) -> None:
+        """The step after the one just called: a device may start with what needs no latents."""
         ...
 
 
@@ -156,18 +167,23 @@ def sample_stochastic_io(
     latents = noise.to(torch.float32)
     second_order = needs_previous(solver)
     previous = None if clean_before is None else clean_before.to(latents)
-    for step in range(start_step, stop):
-        reference_batches, view_batches = _checked_batches(
-            grouping, step, len(noise), num_references, num_generated
-        )
-        at = total - 1 - step
-        prediction = noise_of_step(
-            int(grid.timesteps[at]),
-            reference_batches,
-            view_batches,
-            latents,
+
+    def plan_of(step: int) -> StepPlan:
+        return StepPlan(
+            int(grid.timesteps[total - 1 - step]),
+            *_checked_batches(grouping, step, len(noise), num_references, num_generated),
             guided=is_guided(step, total, guidance_interval),
         )
+
+    plan = plan_of(start_step) if start_step < stop else None
+    for step in range(start_step, stop):
+        at = total - 1 - step
+        assert plan is not None
+        prediction = noise_of_step(plan, latents)
+        if step + 1 < stop:
+            plan = plan_of(step + 1)
+            noise_of_step.announce(plan)
+        # Here the host waits for the device.
         if not bool(torch.isfinite(prediction).all()):
             raise DivergedError(
                 f"The denoiser returned NaN or infinity in step {step} of {total}. With "
@@ -243,30 +259,26 @@ class PlainStep:
         self.guidance_scale = guidance_scale
         self.batches_per_call = batches_per_call
 
-    def __call__(
-        self,
-        timestep: int,
-        reference_batches: NDArray[np.int64],
-        view_batches: NDArray[np.int64],
-        latents: Tensor,
-        guided: bool = True,
-    ) -> Tensor:
+    def __call__(self, plan: StepPlan, latents: Tensor) -> Tensor:
         """As StepNoise."""
         prediction = torch.empty_like(latents)
-        for first in range(0, len(view_batches), self.batches_per_call):
-            views = torch.from_numpy(view_batches[first : first + self.batches_per_call])
+        for first in range(0, len(plan.view_batches), self.batches_per_call):
+            views = torch.from_numpy(plan.view_batches[first : first + self.batches_per_call])
             eps = _predict(
                 self.denoiser,
                 self.references,
                 self.generated,
-                torch.from_numpy(reference_batches[first : first + self.batches_per_call]),
+                torch.from_numpy(plan.reference_batches[first : first + self.batches_per_call]),
                 views,
                 latents,
-                timestep,
-                self.guidance_scale if guided else 1.0,
+                plan.timestep,
+                self.guidance_scale if plan.guided else 1.0,
             )
             prediction[views.flatten().to(latents.device)] = eps.to(latents)
         return prediction
+
+    def announce(self, plan: StepPlan) -> None:
+        """As StepNoise: nothing is shared by the calls of a step."""
 
 
 def _predict(

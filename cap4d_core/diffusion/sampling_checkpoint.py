@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class SamplingCheckpoint:
         self.path = Path(path)
         self.fingerprint = fingerprint
         self.every_steps = every_steps
+        self._writing: Future[None] | None = None
 
     def load(
         self, first_step: int, end_step: int, shape: tuple[int, ...]
@@ -67,20 +69,54 @@ class SamplingCheckpoint:
         return step, latents, tensors.get("clean")
 
     def save_if_due(self, finished_step: int, latents: Tensor, clean: Tensor | None = None) -> None:
-        """Writes the state after `finished_step` when that step is due."""
+        """Writes the state after `finished_step` when that step is due.
+
+        The state is copied at once and written by a thread, so that a GPU need not wait for a disk.
+
+        Raises:
+            OSError: the write before failed.
+        """
         if (finished_step + 1) % self.every_steps == 0:
-            self.save(finished_step, latents, clean)
+            self.wait()
+            latents = latents.detach().to("cpu", copy=True)
+            clean = None if clean is None else clean.detach().to("cpu", copy=True)
+            pool = ThreadPoolExecutor(1)
+            self._writing = pool.submit(self._write, finished_step, latents, clean)
+            pool.shutdown(wait=False)
 
     def save(self, finished_step: int, latents: Tensor, clean: Tensor | None = None) -> None:
-        """Writes the latents after `finished_step`; `clean` for solvers that need it."""
+        """Writes the latents after `finished_step`; `clean` for solvers that need it.
+
+        Raises:
+            OSError: this write or the one before failed.
+        """
+        self.wait()
+        self._write(finished_step, latents, clean)
+
+    def _write(self, finished_step: int, latents: Tensor, clean: Tensor | None) -> None:
         write_safetensors(
             self.path,
             {"latents": latents} | ({} if clean is None else {"clean": clean}),
             {"fingerprint": self.fingerprint, "next_step": str(finished_step + 1)},
         )
 
+    def wait(self) -> None:
+        """Until what `save_if_due` started is written.
+
+        Raises:
+            OSError: it failed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def remove(self) -> None:
-        """Deletes the file, after success, and what a job killed while writing left of it."""
+        """Deletes the file, after success, and what a job killed while writing left of it.
+
+        Raises:
+            OSError: the last write failed.
+        """
+        self.wait()
         self.path.unlink(missing_ok=True)
         for unfinished in self.path.parent.glob(f"{self.path.stem}.tmp-*{self.path.suffix}"):
             unfinished.unlink(missing_ok=True)

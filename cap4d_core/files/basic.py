@@ -154,30 +154,29 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes named tensors and string metadata atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata or {}))
-        _sort_metadata(temporary)
-        # The library makes files that only their owner can read; results are shared.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+    # As bytes: the library's own writer leaves files of random names where a job is killed.
+    content = save(contiguous, metadata=dict(metadata or {}))
+    size = int.from_bytes(content[:8], "little")
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        handle.write(content[:8])
+        handle.write(_with_sorted_metadata(content[8 : 8 + size]))
+        handle.write(memoryview(content)[8 + size :])
 
 
-def _sort_metadata(path: Path) -> None:
-    """Puts the metadata in order: the library's is random, and equal results have equal bytes."""
-    with open(path, "rb+") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # as the library writes it; spaces at the end are part of the format
-            handle.seek(8)
-            handle.write(text.ljust(size))
+def _with_sorted_metadata(text: bytes) -> bytes:
+    """The header with its metadata in order: the library's is random, and equal results have equal
+    bytes.
+    """
+    header = json.loads(text)
+    if "__metadata__" not in header:
+        return text
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # As the library writes it; spaces at the end are part of the format.
+    return ordered.ljust(len(text)) if len(ordered) <= len(text) else text
 
 
 def read_safetensors(

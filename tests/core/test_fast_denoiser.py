@@ -27,7 +27,7 @@ from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
 from cap4d_core.diffusion.grouping import SeededGrouping
 from cap4d_core.diffusion.network_setup import choose_batches_per_call
-from cap4d_core.diffusion.sampler import sample_stochastic_io
+from cap4d_core.diffusion.sampler import StepPlan, sample_stochastic_io
 from cap4d_core.diffusion.schedule import NoiseSchedule
 from cap4d_core.settings import SamplingSettings
 from tests.core.mmdm_models import TINY, random_denoiser, random_frames
@@ -254,6 +254,26 @@ def test_calls_of_one_shape() -> None:
     assert len(shapes) == 1
 
 
+def test_what_calls_share_is_computed_once_and_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = FastDenoiser(random_denoiser(TINY))
+    events: list[str] = []
+    features = fast.reference_features
+
+    def noted(*arguments: Any) -> Any:
+        events.append("shared")
+        return features(*arguments)
+
+    def call(*arguments: Any) -> Tensor:
+        events.append("call")
+        return fast(*arguments)
+
+    monkeypatch.setattr(fast, "reference_features", noted)
+    run(FastSamplingDenoiser(fast, call), 2, callback=lambda _: events.append("done"))
+    calls = ["call"] * 3  # 6 batches, 2 per call
+    between = ["shared", "done", *calls]
+    assert events == ["shared", *calls, *between * 4, "done"]
+
+
 def test_partial_reference_masks_take_the_plain_path() -> None:
     denoiser = random_denoiser(TINY)
     references, views = frames(TINY, 1, 1.0, 1), frames(TINY, 3, 0.0, 2)
@@ -266,7 +286,7 @@ def test_partial_reference_masks_take_the_plain_path() -> None:
     stacked = FrameConditioning.stack([joined])
     inputs_ = torch.cat([references.z_input, latents])[None]
     expected = denoiser(inputs_, torch.full((1, 4), TIMESTEP), stacked)[0, 1:]
-    torch.testing.assert_close(step(TIMESTEP, *batches, latents), expected)
+    torch.testing.assert_close(step(StepPlan(TIMESTEP, *batches), latents), expected)
 
 
 @pytest.mark.slow

@@ -197,15 +197,31 @@ def test_checkpoint_of_other_inputs_is_not_used(
 
     path = tmp_path / "c.safetensors"
     latents = torch.randn(2, 4, 8, 8)
-    SamplingCheckpoint(path, "a", 5).save_if_due(3, latents)
+    checkpoint = SamplingCheckpoint(path, "a", 5)
+    checkpoint.save_if_due(3, latents)
+    checkpoint.wait()
     assert not path.exists()
-    SamplingCheckpoint(path, "a", 5).save_if_due(4, latents)
+    changing = latents.clone()
+    checkpoint.save_if_due(4, changing)
+    changing.zero_()  # what is written is the state at the call
+    checkpoint.wait()
     loaded = SamplingCheckpoint(path, "a", 5).load(0, 10, (2, 4, 8, 8))
     assert loaded is not None and loaded[0] == 5 and torch.equal(loaded[1], latents)
     assert SamplingCheckpoint(path, "b", 5).load(0, 10, (2, 4, 8, 8)) is None
     assert "other inputs or settings" in caplog.text
     path.write_bytes(b"rubbish")
     assert SamplingCheckpoint(path, "a", 5).load(0, 10, (2, 4, 8, 8)) is None
+
+
+def test_failed_checkpoint_is_reported_by_the_next(tmp_path: Path) -> None:
+    from cap4d_core.diffusion.sampling_checkpoint import SamplingCheckpoint
+
+    (tmp_path / "file").touch()
+    checkpoint = SamplingCheckpoint(tmp_path / "file/c.safetensors", "a", 1)
+    for report in (checkpoint.remove, lambda: checkpoint.save_if_due(1, torch.zeros(1))):
+        checkpoint.save_if_due(0, torch.zeros(1))
+        with pytest.raises(OSError, match="file"):
+            report()
 
 
 def killable_job(run: Run, output: Path) -> KillableJob:
