@@ -22,12 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.denoiser import make_call, make_denoiser, measure, synchronize
 from cap4d_core.diffusion.denoiser import MMDMConfig
 
-# Parts of kernel names, first match counts: names of convolutions contain 'gemm' as well.
+# Parts of kernel names, first match counts: names of convolutions contain 'gemm' as well, and those
+# of fused kernels whatever they are fused from.
 KINDS = {
+    "fused pointwise and norms": ("triton_", "_gate", "_activate"),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "convolution": ("conv", "fprop", "dgrad", "wgrad", "nchw", "nhwc"),
     "matrix product": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
-    "fused pointwise and norms": ("triton",),
 }
 
 

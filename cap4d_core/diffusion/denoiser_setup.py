@@ -42,7 +42,7 @@ class DenoiserRoute:
         fast, compiled, channels_last: see `route_denoiser`.
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
-        float8: linear layers in 8 bits.
+        float8: large layers in 8 bits.
     """
 
     fast: bool

@@ -112,7 +112,8 @@ class FastDenoiser(nn.Module):
             real arithmetic, but sums are rounded to the weights' type.
         memory_format: of features and convolutions.
         float8: linear layers of the transformers and convolutions of the resnets multiply 8-bit
-            numbers, see `float8_linear`, `float8_convolution`; not the same function any more.
+            numbers where that gains time, see `float8_linear`, `float8_convolution`; not the same
+            function any more.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class FastDenoiser(nn.Module):
             elif operation.kind is Kind.RESNET and float8:
                 for name in ("conv1", "conv2"):
                     layer = getattr(module, name)
-                    if layer.in_channels % 16 == layer.out_channels % 16 == 0:
+                    if float8_convolution.is_possible(layer):
                         convolution = Float8Convolution(layer.weight)
                         self.float8_products[f"{name}_{position}"] = convolution
             elif operation.kind is Kind.UP and merge_upsampling:

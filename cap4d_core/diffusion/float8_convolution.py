@@ -17,6 +17,8 @@ from cap4d_core.diffusion.float8_linear import LARGEST, TYPE, quantise
 # Inputs are multiplied by this: up to 28 before they saturate, 0.001 before they lose digits.
 INPUT_SCALE = 16.0
 _MULTIPLE = 16
+# CUDA devices with the tensor memory accelerator, which the kernel needs: from Hopper on.
+LEAST_CAPABILITY = (9, 0)
 # Sides of pictures must be multiples of this: tiles of the kernel.
 _TILE = 8
 
@@ -56,13 +58,21 @@ def _affine(features: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     return factor, norm.bias.float() - mean.repeat_interleave(repeats, 1) * factor
 
 
+def is_possible(layer: nn.Conv2d) -> bool:
+    """Whether a layer's weights can be 8-bit ones where they are."""
+    weight = layer.weight
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < LEAST_CAPABILITY:
+        return False
+    return all(n % _MULTIPLE == 0 for n in weight.shape[:2])
+
+
 def fits(layer: nn.Conv2d, features: Tensor) -> bool:
     """Whether a layer can be one in 8 bits for such inputs."""
     return (
         layer.kernel_size == (3, 3)
         and layer.stride == (1, 1)
         and layer.padding == (1, 1)
-        and all(n % _MULTIPLE == 0 for n in (layer.in_channels, layer.out_channels))
+        and is_possible(layer)
         and all(side % _TILE == 0 for side in features.shape[-2:])
     )
 

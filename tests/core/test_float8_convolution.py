@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cap4d_core.diffusion.float8_convolution import Float8Convolution, activate, convolve, fits
+from cap4d_core.diffusion.float8_convolution import (
+    Float8Convolution,
+    activate,
+    convolve,
+    fits,
+    is_possible,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +64,16 @@ def test_which_layers_fit() -> None:
     assert not fits(nn.Conv2d(32, 16, 3, stride=2, padding=1), features)
     assert not fits(nn.Conv2d(32, 20, 3, padding=1), features)
     assert not fits(nn.Conv2d(32, 16, 3, padding=1), torch.zeros(1, 32, 4, 4))
+
+
+@pytest.mark.parametrize(("capability", "possible"), [((8, 9), False), ((9, 0), True)])
+def test_gpus_without_the_memory_accelerator_keep_16_bits(
+    capability: tuple[int, int], possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=(32, 16, 3, 3))
+    layer: Any = SimpleNamespace(weight=weight)
+    assert is_possible(layer) == possible
 
 
 def test_compilers_know_shapes() -> None:
