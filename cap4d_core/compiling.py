@@ -46,4 +46,6 @@ def use_compile_cache(folder: Path) -> Path | None:
         logger.info("Compiled kernels are not kept: %s cannot be written.", target)
         return None
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.resolve())
+    # Of kernels that are not made by torch's compiler; by default in the home folder.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(target.resolve() / "triton"))
     return target

@@ -104,9 +104,10 @@ def route_denoiser(
     fast = FastDenoiser(
         denoiser, merge_upsampling=route.merged, memory_format=layout, float8=route.float8
     )
+    own_kernels = route.compiled or route.float8
+    folder = use_compile_cache(compile_cache) if compile_cache and own_kernels else None
     if not route.compiled:
         return FastSamplingDenoiser(fast)
-    folder = None if compile_cache is None else use_compile_cache(compile_cache)
     return FastSamplingDenoiser(fast, compiled_denoiser(fast, folder), same_shapes=True)
 
 

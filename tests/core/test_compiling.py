@@ -11,11 +11,12 @@ from cap4d_core.batch.asset_cache import CACHE_VARIABLE
 from cap4d_core.compiling import use_compile_cache
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+TRITON = "TRITON_CACHE_DIR"
 
 
 @pytest.fixture(autouse=True)
 def no_folders_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (INDUCTOR, CACHE_VARIABLE):
+    for name in (INDUCTOR, TRITON, CACHE_VARIABLE):
         monkeypatch.setenv(name, "")  # what the tests set is taken back
         monkeypatch.delenv(name)
 
@@ -23,7 +24,7 @@ def no_folders_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_beside_the_weights(tmp_path: Path) -> None:
     folder = use_compile_cache(tmp_path / "compiled")
     assert folder is not None and folder.parent == tmp_path / "compiled" and folder.is_dir()
-    assert os.environ[INDUCTOR] == str(folder)
+    assert os.environ[INDUCTOR] == str(folder) and os.environ[TRITON] == str(folder / "triton")
 
 
 def test_in_the_cache_between_workflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,4 +42,6 @@ def test_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nowhere_if_it_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "compiled").write_text("a file")
-    assert use_compile_cache(tmp_path / "compiled") is None and INDUCTOR not in os.environ
+    assert use_compile_cache(tmp_path / "compiled") is None and not {INDUCTOR, TRITON} & set(
+        os.environ
+    )
