@@ -170,7 +170,9 @@ class _FastStep:
             fill = -len(view_batches) % self.batches_per_call
             local = np.concatenate([local, np.repeat(local[-1:], fill, 0)])
             view_batches = np.concatenate([view_batches, np.repeat(view_batches[-1:], fill, 0)])
-        rows = torch.from_numpy(used).to(device)
+        rows, reference_ids, view_ids = (
+            _uploaded(ids, device) for ids in (used, local, view_batches)
+        )
         biases = fast.time_biases(torch.full((1,), plan.timestep, device=device))
         features = fast.reference_features(
             self.reference_latents.index_select(0, rows),
@@ -178,12 +180,17 @@ class _FastStep:
             biases,
             guided,
         )
-        reference_ids, view_ids = (
-            torch.from_numpy(ids).to(device) for ids in (local, view_batches)
-        )
         return _Shared(plan, reference_ids, view_ids, view_batches, biases, features, guided)
 
     def _maps_of(self, on_device: Tensor, on_host: NDArray[np.int64]) -> Tensor:
         if self.maps is not None:
             return self.maps.index_select(0, on_device)
         return self.generated.index(on_host.ravel()).pos_enc.to(self.device, self.dtype)
+
+
+def _uploaded(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """On a GPU without waiting for what it still has to do."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -24,7 +24,7 @@ from cap4d_core.diffusion.float8_linear import LEAST_CAPABILITY, Float8Product, 
 from cap4d_core.diffusion.grouping import SeededGrouping
 from cap4d_core.diffusion.model_config import AutoencoderConfig
 from cap4d_core.diffusion.pictures import image_from_network
-from cap4d_core.diffusion.sampler import sample_stochastic_io
+from cap4d_core.diffusion.sampler import StepPlan, sample_stochastic_io
 from cap4d_core.diffusion.schedule import NoiseSchedule
 from cap4d_core.settings import SamplingSettings
 from tests.core.mmdm_models import random_denoiser
@@ -187,6 +187,26 @@ def test_whole_run_and_resumed_run() -> None:
     assert relative(whole.cpu(), run(random_denoiser(TINY), 2)) < 1e-3
     again = FastSamplingDenoiser(FastDenoiser(denoiser), same_shapes=True)
     assert torch.equal(sample(again, sample(again, noise, 0, 2), 2, 5), whole)
+
+
+def test_work_ahead_does_not_wait_for_the_device() -> None:
+    from tests.core.mmdm_models import TINY
+
+    fast = FastSamplingDenoiser(FastDenoiser(random_denoiser(TINY).cuda()), same_shapes=True)
+    views, references = frames(TINY, 12, 0.0, 2).to("cuda"), frames(TINY, 3, 1.0, 1).to("cuda")
+    step = fast.prepare(references, views, 2.0, 2)
+    grouping = SeededGrouping(3, 12, 2, 2, ("k",))
+    latents = torch.randn(12, 4, 8, 8, device="cuda")
+    plans = [StepPlan(500 - i, *grouping.step(i)) for i in range(2)]
+    step(plans[0], latents)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step.announce(plans[1])
+        ahead = step(plans[1], latents)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    again = fast.prepare(references, views, 2.0, 2)
+    assert torch.equal(again(plans[1], latents), ahead)
 
 
 def test_released_size() -> None:
