@@ -35,9 +35,9 @@ from cap4d_core.diffusion.model_weights import (
 )
 from cap4d_core.diffusion.renderer_tables import check_tables, choose_tables, typed_tables
 from cap4d_core.diffusion.schedule import NoiseSchedule
-from cap4d_core.diffusion.streaming_safetensors import write_safetensors_stream
 from cap4d_core.errors import InputFileError, UserError
 from cap4d_core.files.basic import sha256_file, write_json
+from cap4d_core.files.safetensors_stream import write_safetensors_stream
 from cap4d_core.progress import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)

@@ -153,30 +153,13 @@ def write_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes named tensors and string metadata atomically."""
-    from safetensors.torch import save
+    """Writes named tensors and string metadata atomically; equal ones give equal bytes."""
+    from cap4d_core.files.safetensors_stream import write_safetensors_stream
 
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # As bytes: the library's own writer leaves files of random names where a job is killed.
-    content = save(contiguous, metadata=dict(metadata or {}))
-    size = int.from_bytes(content[:8], "little")
-    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-        handle.write(content[:8])
-        handle.write(_with_sorted_metadata(content[8 : 8 + size]))
-        handle.write(memoryview(content)[8 + size :])
-
-
-def _with_sorted_metadata(text: bytes) -> bytes:
-    """The header with its metadata in order: the library's is random, and equal results have equal
-    bytes.
-    """
-    header = json.loads(text)
-    if "__metadata__" not in header:
-        return text
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # As the library writes it; spaces at the end are part of the format.
-    return ordered.ljust(len(text)) if len(ordered) <= len(text) else text
+    # Large types first, so that all are aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in ordered}
+    write_safetensors_stream(path, layout, ordered, metadata)
 
 
 def read_safetensors(

@@ -31,9 +31,9 @@ from cap4d_core.diffusion.released_layout import (
     random_released_state_dict,
     write_released_checkpoint,
 )
-from cap4d_core.diffusion.streaming_safetensors import write_safetensors_stream
 from cap4d_core.errors import UserError
 from cap4d_core.files.basic import sha256_file
+from cap4d_core.files.safetensors_stream import write_safetensors_stream
 from tests.core.mmdm_models import TINY_RELEASED, random_frames, triangle_tables
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mmdm"

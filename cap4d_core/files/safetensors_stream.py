@@ -1,7 +1,8 @@
 """Writing safetensors one tensor at a time, so that memory does not grow with the file.
 
-The library's writer takes all tensors at once; here only names, types and shapes are needed
-beforehand. Format: 8-byte little-endian header length, JSON header with byte offsets, raw data.
+The library's writer takes all tensors at once, and leaves files of random names where a job is
+killed; here only names, types and shapes are needed beforehand. Format: 8-byte little-endian header
+length, JSON header with byte offsets, raw data.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from torch import Tensor
 from cap4d_core.files.basic import atomic_path
 
 _TYPE_NAMES = {
+    torch.float64: "F64",
     torch.float32: "F32",
-    torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 
@@ -42,7 +48,10 @@ def write_safetensors_stream(
     Raises:
         ValueError: a tensor that does not fit the layout.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # In order, so that equal results have equal bytes.
+    header: dict[str, object] = {}
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))
     offset = 0
     for name, (dtype, shape) in layout.items():
         size = math.prod(shape) * dtype.itemsize
@@ -52,7 +61,7 @@ def write_safetensors_stream(
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # data must start at a multiple of 8
 
     expected = iter(layout.items())
