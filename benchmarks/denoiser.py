@@ -12,7 +12,7 @@ time does not depend on them. Runs on CUDA or, with --size small, on the CPU.
 
 Forms: `plain` is MMDMDenoiser, `fast` FastDenoiser (without what it computes once per step, which
 `step` shows), `-merged` folds enlargement into convolutions, `-float8` multiplies 8-bit numbers in
-linear layers, `-compiled` is compiled as in the jobs, `-graphs` also in CUDA graphs.
+large layers, `-compiled` is compiled as in the jobs, `-graphs` also in CUDA graphs.
 Compiled forms are kept in the folder TORCHINDUCTOR_CACHE_DIR: run twice to see the first call cold
 and warm.
 

@@ -2,8 +2,7 @@
 
 Numbers are e4m3, see `float8_linear`. Inputs are what follows group norm and SiLU, whose size is
 known beforehand, so one scale serves all of them; every output channel of the weights has its own.
-On CUDA a Triton kernel (`float8_kernels`); elsewhere the same numbers are multiplied in
-float32.
+On CUDA by Triton (`float8_kernels`); elsewhere the same numbers are multiplied in float32.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cap4d_core.diffusion.float8_linear import LARGEST, TYPE, quantise
+from cap4d_core.diffusion.float8_linear import LARGEST, MULTIPLE, TYPE, quantise
 
 # Inputs are multiplied by this: up to 28 before they saturate, 0.001 before they lose digits.
 INPUT_SCALE = 16.0
-_MULTIPLE = 16
 # CUDA devices with the tensor memory accelerator, which the kernel needs: from Hopper on.
 LEAST_CAPABILITY = (9, 0)
 # Sides of pictures must be multiples of this: tiles of the kernel.
@@ -63,18 +61,25 @@ def is_possible(layer: nn.Conv2d) -> bool:
     weight = layer.weight
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < LEAST_CAPABILITY:
         return False
-    return all(n % _MULTIPLE == 0 for n in weight.shape[:2])
+    return _are_multiples(weight)
 
 
 def fits(layer: nn.Conv2d, features: Tensor) -> bool:
-    """Whether a layer can be one in 8 bits for such inputs."""
+    """Whether a layer can be one in 8 bits for such inputs.
+
+    Asked within the network, so by sizes alone: compilers cannot look into questions to a device.
+    """
     return (
         layer.kernel_size == (3, 3)
         and layer.stride == (1, 1)
         and layer.padding == (1, 1)
-        and is_possible(layer)
+        and _are_multiples(layer.weight)
         and all(side % _TILE == 0 for side in features.shape[-2:])
     )
+
+
+def _are_multiples(weight: Tensor) -> bool:
+    return all(n % MULTIPLE == 0 for n in weight.shape[:2])
 
 
 @torch.library.custom_op("cap4d_core::activate_float8", mutates_args=())

@@ -18,7 +18,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Compute capability of CUDA devices that multiply them, from Ada on.
 LEAST_CAPABILITY = (8, 9)
 # What the hardware's kernels ask of both sides of a weight.
-_MULTIPLE = 16
+MULTIPLE = 16
 # From so many inputs on products gain more than the making of the numbers costs, as measured on an
 # H200; see benchmarks/README.md.
 _WORTH_INPUTS = 512
@@ -56,7 +56,7 @@ class Float8Product(nn.Module):
                 quantised, weight.t(), scale, weight_scale[None], out_dtype=dtype,
                 use_fast_accum=True,
             )  # fmt: skip
-        # the same numbers, multiplied in float32
+        # The same numbers, multiplied in float32.
         product = quantised.float() @ weight.float().t() * scale * weight_scale
         return product.to(dtype)
 
@@ -69,7 +69,7 @@ def fits(weight: Tensor) -> bool:
     if weight.ndim != 2:
         return False
     outputs, inputs = weight.shape
-    possible = outputs % _MULTIPLE == inputs % _MULTIPLE == 0
+    possible = outputs % MULTIPLE == inputs % MULTIPLE == 0
     worth_it = inputs >= _WORTH_INPUTS and max(outputs, inputs) >= 3 * min(outputs, inputs)
     return possible and (worth_it or not weight.is_cuda)
 

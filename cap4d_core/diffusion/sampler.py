@@ -175,14 +175,13 @@ def sample_stochastic_io(
             guided=is_guided(step, total, guidance_interval),
         )
 
-    plan = plan_of(start_step) if start_step < stop else None
+    upcoming: StepPlan | None = None
     for step in range(start_step, stop):
         at = total - 1 - step
-        assert plan is not None
-        prediction = noise_of_step(plan, latents)
+        prediction = noise_of_step(upcoming or plan_of(step), latents)
         if step + 1 < stop:
-            plan = plan_of(step + 1)
-            noise_of_step.announce(plan)
+            upcoming = plan_of(step + 1)
+            noise_of_step.announce(upcoming)
         # Here the host waits for the device.
         if not bool(torch.isfinite(prediction).all()):
             raise DivergedError(

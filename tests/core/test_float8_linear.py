@@ -66,7 +66,7 @@ def test_layers_of_other_widths_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("references", [1, 2])
-def test_network_with_linear_layers_in_8_bits(references: int) -> None:
+def test_network_in_8_bits(references: int) -> None:
     config = CONFIGS["released shape"]
     denoiser = random_denoiser(config)
     latents, c = inputs(config, references, torch.float32)

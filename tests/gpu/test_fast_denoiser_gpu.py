@@ -19,6 +19,7 @@ from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_setup import compiled_denoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
+from cap4d_core.diffusion.float8_convolution import LEAST_CAPABILITY as LEAST_FOR_CONVOLUTIONS
 from cap4d_core.diffusion.float8_convolution import Float8Convolution
 from cap4d_core.diffusion.float8_linear import LEAST_CAPABILITY, Float8Product, gate
 from cap4d_core.diffusion.grouping import SeededGrouping
@@ -80,10 +81,14 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
     assert 1e-4 < plain < 0.05 and error < 1.5 * plain
 
 
-needs_float8 = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < LEAST_CAPABILITY,
-    reason="the GPU does not multiply 8-bit floats",
-)
+def needs(capability: tuple[int, int]) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < capability,
+        reason=f"needs a GPU of compute capability {capability}",
+    )
+
+
+needs_float8 = needs(LEAST_CAPABILITY)
 
 
 @needs_float8
@@ -99,7 +104,7 @@ def test_products_of_8_bits_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(part, actual[..., 320:], rtol=0.02, atol=0.05)
 
 
-@needs_float8
+@needs(LEAST_FOR_CONVOLUTIONS)
 @pytest.mark.parametrize(
     ("batch", "side", "channels"), [(3, 8, (64, 48)), (2, 16, (320, 144)), (1, 64, (320, 320))]
 )
@@ -135,7 +140,7 @@ def test_gates_of_8_bits_are_those_of_the_cpu(width: int) -> None:
 
 @needs_float8
 @pytest.mark.parametrize("compiled", [False, True])
-def test_network_with_linear_layers_in_8_bits(tmp_path: Path, compiled: bool) -> None:
+def test_network_in_8_bits(tmp_path: Path, compiled: bool) -> None:
     latents, c = inputs(CONFIG, 1, torch.float32)
     with torch.no_grad():
         imitated = FastDenoiser(random_denoiser(CONFIG), float8=True)
