@@ -67,7 +67,7 @@ def is_possible(layer: nn.Conv2d) -> bool:
 def fits(layer: nn.Conv2d, features: Tensor) -> bool:
     """Whether a layer can be one in 8 bits for such inputs.
 
-    Asked within the network, so by sizes alone: compilers cannot look into questions to a device.
+    Asked within the network, which is compiled: by sizes alone, the device is asked beforehand.
     """
     return (
         layer.kernel_size == (3, 3)
