@@ -179,22 +179,17 @@ class FastDenoiser(nn.Module):
         """A linear layer, in 8 bits if it has such weights."""
         if name not in self.float8_products:
             return layer(tokens)
-        product = self.float8_products[name](tokens)
-        return product if layer.bias is None else product + layer.bias
+        return self.float8_products[name](tokens, bias=layer.bias)
 
     def _feed_forward(self, at: str, block: Any, tokens: Tensor) -> Tensor:
         if f"narrow_{at}" not in self.float8_products:
             return block.ff(tokens)
         widen, narrow = block.ff.net[0].proj, block.ff.net[2]
-        wide = f"widen_{at}"
-        if wide in self.float8_products:
-            product = self.float8_products[wide](tokens)
-        else:
-            product = F.linear(tokens, widen.weight)
-        gated, scale = gate(product.flatten(0, -2), widen.bias)
+        product = self._linear(f"widen_{at}", widen, tokens)
+        gated, scale = gate(product.flatten(0, -2))
         last: Any = self.float8_products[f"narrow_{at}"]
-        result: Tensor = last.multiply(gated, scale, tokens.dtype)
-        return result.unflatten(0, tokens.shape[:-1]) + narrow.bias
+        result: Tensor = last.multiply(gated, scale, tokens.dtype, bias=narrow.bias)
+        return result.unflatten(0, tokens.shape[:-1])
 
     @torch.no_grad()
     def time_biases(self, timestep: int | Tensor) -> Tensor:

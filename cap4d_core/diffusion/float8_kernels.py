@@ -82,30 +82,63 @@ def convolve(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 @triton.jit
-def _gate(product, bias, out, scale, num_out, largest, smallest, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, block)
+def _geglu(product, place, k, num_out):
     inside = k < num_out
-    wide = tl.load(product + row * 2 * num_out + k, mask=inside, other=0.0).to(tl.float32)
-    wide += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(product + row * 2 * num_out + num_out + k, mask=inside, other=0.0)
-    gate = gate.to(tl.float32) + tl.load(bias + num_out + k, mask=inside, other=0.0).to(tl.float32)
-    value = wide * 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    size = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
-    tl.store(out + row * num_out + k, (value * (1.0 / size)).to(out.dtype.element_ty), mask=inside)
+    value = tl.load(product + place + k, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(product + place + num_out + k, mask=inside, other=0.0).to(tl.float32)
+    # erf by Abramowitz and Stegun, 7.1.26, off by at most 1.5e-7: a fourth of the exact one's work.
+    size = tl.abs(gate)
+    t = 1.0 / (1.0 + 0.23164189 * size)
+    tail = t * (0.5307027145 * t - 0.7265760135)
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + tail)))
+    tail *= tl.exp2(gate * gate * -0.7213475204)
+    return value * (tl.maximum(gate, 0.0) - size * tail)
+
+
+@triton.jit
+def _store(out, k, value, size, num_out):
+    tl.store(out + k, (value * (1.0 / size)).to(out.dtype.element_ty), mask=k < num_out)
+
+
+@triton.jit
+def _gate(
+    product, out, scale, num_out, largest, smallest, block: tl.constexpr, parts: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = row * 2 * num_out
+    out += row * num_out
+    k = tl.arange(0, block)
+    v0 = _geglu(product, place, k, num_out)
+    most = tl.abs(v0)
+    if parts == 5:
+        v1 = _geglu(product, place, k + block, num_out)
+        v2 = _geglu(product, place, k + 2 * block, num_out)
+        v3 = _geglu(product, place, k + 3 * block, num_out)
+        v4 = _geglu(product, place, k + 4 * block, num_out)
+        most = tl.maximum(tl.maximum(most, tl.abs(v1)), tl.maximum(tl.abs(v2), tl.abs(v3)))
+        most = tl.maximum(most, tl.abs(v4))
+    size = tl.maximum(tl.max(most, axis=0) / largest, smallest)
+    _store(out, k, v0, size, num_out)
+    if parts == 5:
+        _store(out, k + block, v1, size, num_out)
+        _store(out, k + 2 * block, v2, size, num_out)
+        _store(out, k + 3 * block, v3, size, num_out)
+        _store(out, k + 4 * block, v4, size, num_out)
     tl.store(scale + row, size)
 
 
-def gate(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def gate(product: Tensor) -> tuple[Tensor, Tensor]:
     """As `float8_linear.gate`."""
     rows, width = product.shape
     num_out = width // 2
     out = torch.empty((rows, num_out), dtype=TYPE, device=product.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=product.device)
-    block = triton.next_power_of_2(num_out)
+    # Rows of the network are five times a power of two; one block would be empty for a third.
+    parts = 5 if num_out % 5 == 0 and num_out // 5 & (num_out // 5 - 1) == 0 else 1
+    block = triton.next_power_of_2(num_out // parts)
     _gate[(rows,)](
-        product, bias, out, scale, num_out, LARGEST, SMALLEST_SCALE, block,
-        num_warps=max(1, min(block // 512, 16)),
+        product, out, scale, num_out, LARGEST, SMALLEST_SCALE, block, parts,
+        num_warps=max(1, min(block // 256, 16)),
     )  # fmt: skip
     return out, scale
 

@@ -40,25 +40,32 @@ class Float8Product(nn.Module):
         self.register_buffer("weight", quantised, persistent=False)
         self.register_buffer("scale", scale.squeeze(-1), persistent=False)
 
-    def forward(self, tokens: Tensor, rows: slice = slice(None)) -> Tensor:
+    def forward(
+        self, tokens: Tensor, rows: slice = slice(None), bias: Tensor | None = None
+    ) -> Tensor:
         """(..., n) in the type of `tokens` (..., K); `rows` takes a part of the N channels."""
         flat, scale = quantise(tokens.flatten(0, -2))
-        product = self.multiply(flat, scale, tokens.dtype, rows)
+        product = self.multiply(flat, scale, tokens.dtype, rows, bias)
         return product.unflatten(0, tokens.shape[:-1])
 
     def multiply(
-        self, quantised: Tensor, scale: Tensor, dtype: torch.dtype, rows: slice = slice(None)
+        self,
+        quantised: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        rows: slice = slice(None),
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """(M, n) from 8-bit (M, K) and their (M, 1) scales."""
+        """(M, n) from 8-bit (M, K) and their (M, 1) scales; `bias` (n,) is added."""
         weight, weight_scale = self.weight[rows], self.scale[rows]
         if quantised.is_cuda:
             return torch._scaled_mm(
-                quantised, weight.t(), scale, weight_scale[None], out_dtype=dtype,
+                quantised, weight.t(), scale, weight_scale[None], bias=bias, out_dtype=dtype,
                 use_fast_accum=True,
             )  # fmt: skip
         # The same numbers, multiplied in float32.
         product = quantised.float() @ weight.float().t() * scale * weight_scale
-        return product.to(dtype)
+        return (product if bias is None else product + bias.float()).to(dtype)
 
 
 def fits(weight: Tensor) -> bool:
@@ -75,12 +82,11 @@ def fits(weight: Tensor) -> bool:
 
 
 @torch.library.custom_op("cap4d_core::gate_float8", mutates_args=())
-def gate(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def gate(product: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit GEGLU (Shazeer, GLU Variants Improve Transformer, 2020), as `quantise` would give.
 
     Args:
-        product: (M, 2 K), values before gates, without the bias.
-        bias: (2 K,).
+        product: (M, 2 K), values before gates.
 
     Returns:
         (M, K) numbers and (M, 1) scales.
@@ -88,13 +94,13 @@ def gate(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     if product.is_cuda:
         from cap4d_core.diffusion import float8_kernels
 
-        return float8_kernels.gate(product, bias)
-    values, gates = (product + bias).chunk(2, dim=-1)
+        return float8_kernels.gate(product)
+    values, gates = product.chunk(2, dim=-1)
     return quantise(values * F.gelu(gates))
 
 
 @gate.register_fake
-def _(product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _(product: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = product.shape
     scale = product.new_empty((rows, 1), dtype=torch.float32)
     return product.new_empty((rows, width // 2), dtype=TYPE), scale
