@@ -168,6 +168,7 @@ def make_call(
         merge_upsampling="merged" in form,
         memory_format=layout_of(precision, device),
         float8="float8" in form,
+        fused="fused" in form,
     )
     biases, latents, maps, features = fast_inputs(fast, batches, references)
     clean, clean_maps = latents[0, :1].expand(references, -1, -1, -1), maps[0, :1]

@@ -19,6 +19,7 @@ from cap4d_core.diffusion import (
     fast_denoiser,
     float8_convolution,
     float8_linear,
+    fused_pointwise,
 )
 from cap4d_core.diffusion.compiled_network import CompiledNetwork
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
@@ -43,6 +44,7 @@ class DenoiserRoute:
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
         float8: large layers in 8 bits.
+        fused: norms and gates by kernels of our own; the same but for rounding.
     """
 
     fast: bool
@@ -51,6 +53,7 @@ class DenoiserRoute:
     batches_per_call: int
     merged: bool = False
     float8: bool = False
+    fused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -83,6 +86,7 @@ def choose_route(
         even_batches(batches_per_step, limit) if fast else limit,
         merged=fast and device.type == "cuda" and precision in HALF,
         float8=precision == "fp8",
+        fused=fast and device.type == "cuda" and precision in HALF and can_compile(device),
     )
 
 
@@ -102,7 +106,11 @@ def route_denoiser(
     if not route.fast:
         return denoiser
     fast = FastDenoiser(
-        denoiser, merge_upsampling=route.merged, memory_format=layout, float8=route.float8
+        denoiser,
+        merge_upsampling=route.merged,
+        memory_format=layout,
+        float8=route.float8,
+        fused=route.fused,
     )
     own_kernels = route.compiled or route.float8
     folder = use_compile_cache(compile_cache) if compile_cache and own_kernels else None
@@ -122,8 +130,10 @@ def compiled_denoiser(
         "savings": str(fast.savings),
         "merged": fast.merge_upsampling,
         "float8": fast.float8,
+        "fused": fast.fused,
     }
     code = (
-        denoiser_module, denoiser_program, fast_denoiser, float8_convolution, float8_linear
+        denoiser_module, denoiser_program, fast_denoiser, float8_convolution, float8_linear,
+        fused_pointwise,
     )  # fmt: skip
     return CompiledNetwork("denoiser", fast, depends_on, code, folder, **options)

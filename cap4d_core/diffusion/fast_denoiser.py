@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cap4d_core.diffusion import float8_convolution
+from cap4d_core.diffusion import float8_convolution, fused_pointwise
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.denoiser_program import Kind, Operation, Program, Savings, plan_program
 from cap4d_core.diffusion.float8_convolution import Float8Convolution
 from cap4d_core.diffusion.float8_linear import Float8Product, fits, gate
+from cap4d_core.diffusion.fused_pointwise import geglu, group_norm
 
 # Products of tokens with (a part of) a layer's weights, without its bias.
 Product = Callable[..., Tensor]
@@ -111,6 +112,8 @@ class FastDenoiser(nn.Module):
             transposed convolution with summed weights): 4 instead of 9 products per pixel. Exact in
             real arithmetic, but sums are rounded to the weights' type.
         memory_format: of features and convolutions.
+        fused: group norms and gates by `fused_pointwise`, the same but for rounding; for channels
+            last.
         float8: linear layers of the transformers and convolutions of the resnets multiply 8-bit
             numbers where that gains time, see `float8_linear`, `float8_convolution`; not the same
             function any more.
@@ -123,6 +126,7 @@ class FastDenoiser(nn.Module):
         merge_upsampling: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
         float8: bool = False,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -131,6 +135,7 @@ class FastDenoiser(nn.Module):
         self.memory_format = memory_format
         self.merge_upsampling = merge_upsampling
         self.float8 = float8
+        self.fused = fused
         self.float8_products = nn.ModuleDict()
         for position, operation in enumerate(self.program.operations):
             module: Any = operation.module
@@ -183,7 +188,10 @@ class FastDenoiser(nn.Module):
 
     def _feed_forward(self, at: str, block: Any, tokens: Tensor) -> Tensor:
         if f"narrow_{at}" not in self.float8_products:
-            return block.ff(tokens)
+            if not self.fused:
+                return block.ff(tokens)
+            gated = geglu(block.ff.net[0].proj(tokens).flatten(0, -2))
+            return block.ff.net[2](gated).unflatten(0, tokens.shape[:-1])
         widen, narrow = block.ff.net[0].proj, block.ff.net[2]
         product = self._linear(f"widen_{at}", widen, tokens)
         gated, scale = gate(product.flatten(0, -2))
@@ -317,7 +325,7 @@ class FastDenoiser(nn.Module):
         if program.uses_references and program.last == len(program.operations):
             hidden = layout.without_references(hidden)
         d = self.denoiser
-        return d.conv_out(F.silu(d.conv_norm_out(hidden)))
+        return d.conv_out(self._norm(d.conv_norm_out, hidden, silu=True))
 
     def _run(
         self,
@@ -356,7 +364,7 @@ class FastDenoiser(nn.Module):
     ) -> Tensor:
         module: Any = operation.module
         across = layout if operation.across_views else None
-        normed = module.norm(hidden).permute(0, 2, 3, 1).flatten(1, 2)
+        normed = self._norm(module.norm, hidden).permute(0, 2, 3, 1).flatten(1, 2)
         tokens = self._linear(f"in_{position}", module.proj_in, normed)
         last = len(module.transformer_blocks) - 1
         for index, block in enumerate(module.transformer_blocks):
@@ -387,6 +395,12 @@ class FastDenoiser(nn.Module):
             hidden = module.conv_shortcut(hidden)
         return hidden + inner
 
+    def _norm(self, norm: nn.GroupNorm, features: Tensor, silu: bool = False) -> Tensor:
+        if self.fused and fused_pointwise.fits(norm):
+            return group_norm(features, norm, silu)
+        normed: Tensor = norm(features)
+        return F.silu(normed) if silu else normed
+
     def _convolve(
         self,
         name: str,
@@ -400,7 +414,7 @@ class FastDenoiser(nn.Module):
             assert layer.bias is not None
             bias = layer.bias if more_bias is None else layer.bias + more_bias
             return self.float8_products[name](features, norm, bias)
-        result = layer(F.silu(norm(features)))
+        result = layer(self._norm(norm, features, silu=True))
         return result if more_bias is None else result + more_bias[None, :, None, None]
 
     def _first_layer(self, latents: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Numbers are e4m3, see `float8_linear`. Inputs are what follows group norm and SiLU, whose size is
 known beforehand, so one scale serves all of them; every output channel of the weights has its own.
-On CUDA by Triton (`float8_kernels`); elsewhere the same numbers are multiplied in float32.
+from cap4d_core.diffusion.float8_linear import LARGEST, MULTIPLE, TYPE, quantise
+from cap4d_core.diffusion.fused_pointwise import factors
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cap4d_core.diffusion.float8_linear import LARGEST, MULTIPLE, TYPE, quantise
+from cap4d_core.diffusion.fused_pointwise import factors
 
 # Inputs are multiplied by this: up to 28 before they saturate, 0.001 before they lose digits.
 INPUT_SCALE = 16.0
@@ -40,20 +42,10 @@ class Float8Convolution(nn.Module):
 
     def forward(self, features: Tensor, norm: nn.GroupNorm, bias: Tensor) -> Tensor:
         """(B, N, H, W) of `norm` and SiLU of (B, C, H, W), both channels last; `bias` (N,)."""
-        factor, offset = _affine(features, norm)
+        factor, offset = factors(features, norm)
         pixels = features.permute(0, 2, 3, 1).contiguous()
         activated = activate(pixels, factor, offset)
         return convolve(activated, self.weight, self.scale, bias).permute(0, 3, 1, 2)
-
-
-def _affine(features: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """(B, C) float32 factors and offsets that a group norm comes to."""
-    grouped = features.float().unflatten(1, (norm.num_groups, -1))
-    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0)
-    repeats = norm.num_channels // norm.num_groups
-    inverse = (variance + norm.eps).rsqrt().repeat_interleave(repeats, 1)
-    factor = inverse * norm.weight.float()
-    return factor, norm.bias.float() - mean.repeat_interleave(repeats, 1) * factor
 
 
 def is_possible(layer: nn.Conv2d) -> bool:
@@ -86,9 +78,9 @@ def _are_multiples(weight: Tensor) -> bool:
 def activate(pixels: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     """8-bit SiLU of (B, H, W, C) times `factor` plus `offset`, both (B, C) float32."""
     if pixels.is_cuda:
-        from cap4d_core.diffusion import float8_kernels
+        from cap4d_core.diffusion import triton_kernels
 
-        return float8_kernels.activate(pixels, factor, offset, INPUT_SCALE)
+        return triton_kernels.activate(pixels, factor, offset, INPUT_SCALE)
     values = F.silu(pixels.float() * factor[:, None, None] + offset[:, None, None])
     return (values * INPUT_SCALE).clamp(-LARGEST, LARGEST).to(TYPE)
 
@@ -102,9 +94,9 @@ def _(pixels: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 def convolve(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """(B, H, W, N) in the type of `bias` from 8-bit (B, H, W, C) and (9, N, C), scale (N,)."""
     if pixels.is_cuda:
-        from cap4d_core.diffusion import float8_kernels
+        from cap4d_core.diffusion import triton_kernels
 
-        return float8_kernels.convolve(pixels, weight, scale, bias)
+        return triton_kernels.convolve(pixels, weight, scale, bias)
     kernel = weight.float().unflatten(0, (3, 3)).permute(2, 3, 0, 1)
     product = F.conv2d(pixels.float().permute(0, 3, 1, 2), kernel, padding=1)
     return (product.permute(0, 2, 3, 1) * scale + bias.float()).to(bias.dtype).contiguous()

@@ -92,9 +92,9 @@ def gate(product: Tensor) -> tuple[Tensor, Tensor]:
         (M, K) numbers and (M, 1) scales.
     """
     if product.is_cuda:
-        from cap4d_core.diffusion import float8_kernels
+        from cap4d_core.diffusion import triton_kernels
 
-        return float8_kernels.gate(product)
+        return triton_kernels.gate(product)
     values, gates = product.chunk(2, dim=-1)
     return quantise(values * F.gelu(gates))
 

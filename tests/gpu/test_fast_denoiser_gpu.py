@@ -51,20 +51,28 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("references", [1, 3])
 @pytest.mark.parametrize("merge", [False, True])
-def test_float32_equals_the_plain_denoiser(references: int, merge: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_float32_equals_the_plain_denoiser(references: int, merge: bool, fused: bool) -> None:
     denoiser = random_denoiser(CONFIG).cuda()
     latents, c = inputs(CONFIG, references, torch.float32)
     latents, c = latents.cuda(), c.to("cuda")
     expected = plain_noise(denoiser, latents, c, references, guided=True)
-    fast = FastDenoiser(denoiser, merge_upsampling=merge)
+    layout = torch.channels_last if fused else torch.contiguous_format
+    fast = FastDenoiser(denoiser, merge_upsampling=merge, memory_format=layout, fused=fused)
     actual = fast_noise(fast, latents, c, references, guided=True)
     assert relative(actual, expected) < 1e-4
 
 
 @pytest.mark.parametrize("references", [1, 3])
-@pytest.mark.parametrize(("merge", "compiled"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("merge", "fused", "compiled"),
+    [
+        (False, False, False), (True, False, False), (True, False, True),
+        (True, True, False), (True, True, True),
+    ],
+)  # fmt: skip
 def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
-    references: int, merge: bool, compiled: bool
+    references: int, merge: bool, fused: bool, compiled: bool
 ) -> None:
     latents, c = inputs(CONFIG, references, torch.float32)
     latents, c = latents.cuda(), c.to("cuda")
@@ -73,7 +81,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_denoiser(
         layout = torch.channels_last
         denoiser = random_denoiser(CONFIG).to("cuda", torch.bfloat16, memory_format=layout)
         plain = relative(plain_noise(denoiser, latents, c, references, guided=True), exact)
-        fast = FastDenoiser(denoiser, merge_upsampling=merge, memory_format=layout)
+        fast = FastDenoiser(denoiser, merge_upsampling=merge, memory_format=layout, fused=fused)
         call = compiled_denoiser(fast) if compiled else None
         error = relative(fast_noise(fast, latents, c, references, True, call), exact)
     assert call is None or call.is_compiled

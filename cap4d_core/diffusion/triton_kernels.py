@@ -1,8 +1,8 @@
-"""Triton kernels of `float8_convolution` and `float8_linear`.
+"""Triton kernels of `fused_pointwise`, `float8_convolution` and `float8_linear`.
 
 Convolutions are implicit matrix products of boxes of pixels: the tensor memory accelerator (from
 Hopper on) fetches a box shifted by each of the nine taps and fills what lies outside of the picture
-with zeros, so padding needs no code. The other two make 8-bit numbers in one pass over memory.
+with zeros, so padding needs no code. The others are bound by memory and pass over it once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cap4d_core.diffusion.float8_linear import LARGEST, SMALLEST_SCALE, TYPE
+from cap4d_core.diffusion.fused_pointwise import TILE, power_of_two, tile_of
 
 # Channels of a tile, channels summed at a time, warps.
 _CHANNELS, _SUMMED, _WARPS = 128, 128, 8
@@ -82,17 +83,22 @@ def convolve(pixels: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Ten
 
 
 @triton.jit
-def _geglu(product, place, k, num_out):
-    inside = k < num_out
-    value = tl.load(product + place + k, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(product + place + num_out + k, mask=inside, other=0.0).to(tl.float32)
+def _gelu(gate):
     # erf by Abramowitz and Stegun, 7.1.26, off by at most 1.5e-7: a fourth of the exact one's work.
     size = tl.abs(gate)
     t = 1.0 / (1.0 + 0.23164189 * size)
     tail = t * (0.5307027145 * t - 0.7265760135)
     tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + tail)))
     tail *= tl.exp2(gate * gate * -0.7213475204)
-    return value * (tl.maximum(gate, 0.0) - size * tail)
+    return tl.maximum(gate, 0.0) - size * tail
+
+
+@triton.jit
+def _geglu(product, place, k, num_out):
+    inside = k < num_out
+    value = tl.load(product + place + k, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(product + place + num_out + k, mask=inside, other=0.0).to(tl.float32)
+    return value * _gelu(gate)
 
 
 @triton.jit
@@ -144,9 +150,75 @@ def gate(product: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _activate(
-    pixels, factor, offset, out, num_pixels, num_channels, input_scale, largest,
-    rows: tl.constexpr, columns: tl.constexpr,
+def _geglu_tile(
+    product, out, num_rows, num_out, rows: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    k = tl.program_id(1) * block + tl.arange(0, block)
+    inside = (row < num_rows)[:, None] & (k < num_out)[None, :]
+    place = row[:, None] * 2 * num_out + k[None, :]
+    value = tl.load(product + place, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(product + place + num_out, mask=inside, other=0.0).to(tl.float32)
+    result = value * _gelu(gate)
+    tl.store(
+        out + row[:, None] * num_out + k[None, :], result.to(out.dtype.element_ty), mask=inside
+    )
+
+
+def geglu(product: Tensor) -> Tensor:
+    """As `fused_pointwise.geglu`."""
+    num_rows, width = product.shape
+    num_out = width // 2
+    out = torch.empty((num_rows, num_out), dtype=product.dtype, device=product.device)
+    block = power_of_two(num_out, 256)
+    rows = TILE // block
+    _geglu_tile[(triton.cdiv(num_rows, rows), triton.cdiv(num_out, block))](
+        product, out, num_rows, num_out, rows, block, num_warps=4
+    )
+    return out
+
+
+@triton.jit
+def _partial_moments(
+    pixels, sums, num_pixels, num_channels, part_stride, half,
+    tiles: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    c = tl.program_id(2) * columns + tl.arange(0, columns)
+    base = pixels + image * num_pixels * num_channels
+    first = tl.load(base + c).to(tl.float32)
+    total = tl.zeros((rows, columns), tl.float32)
+    square = tl.zeros((rows, columns), tl.float32)
+    r = part * tiles * rows + tl.arange(0, rows)
+    for _ in range(tiles):
+        x = tl.load(base + r[:, None] * num_channels + c[None, :]).to(tl.float32) - first[None, :]
+        total += x
+        square += x * x
+        r += rows
+    place = sums + image * part_stride + part * num_channels + c
+    tl.store(place, tl.sum(total, axis=0))
+    tl.store(place + half, tl.sum(square, axis=0))
+
+
+def partial_moments(pixels: Tensor) -> Tensor:
+    """As `fused_pointwise.partial_moments`."""
+    batch, height, width, channels = pixels.shape
+    rows, columns, tiles = tile_of(height * width, channels)
+    parts = height * width // (rows * tiles)
+    shape = (2, batch, parts, channels)
+    sums = torch.empty(shape, dtype=torch.float32, device=pixels.device)
+    _partial_moments[(batch, parts, channels // columns)](
+        pixels, sums, height * width, channels, parts * channels, batch * parts * channels, tiles,
+        rows, columns, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _normalise(
+    pixels, factor, offset, out, num_pixels, num_channels, output_scale, largest,
+    silu: tl.constexpr, saturates: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * rows
     c = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -155,31 +227,45 @@ def _activate(
     value = tl.load(pixels + place).to(tl.float32)
     value = value * tl.load(factor + image * num_channels + c)[None, :]
     value += tl.load(offset + image * num_channels + c)[None, :]
-    value = value / (1.0 + tl.exp(-value)) * input_scale
-    value = tl.minimum(tl.maximum(value, -largest), largest)
+    if silu:
+        value = value / (1.0 + tl.exp(-value))
+    if saturates:
+        value = tl.minimum(tl.maximum(value * output_scale, -largest), largest)
     tl.store(out + place, value.to(out.dtype.element_ty))
+
+
+def normalise(pixels: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:
+    """As `fused_pointwise.normalise`."""
+    return _normalised(pixels, factor, offset, torch.empty_like(pixels), silu, False)
 
 
 def activate(pixels: Tensor, factor: Tensor, offset: Tensor, input_scale: float) -> Tensor:
     """As `float8_convolution.activate`."""
-    batch, height, width, channels = pixels.shape
     out = torch.empty(pixels.shape, dtype=TYPE, device=pixels.device)
-    columns = _power_of_two(channels, 256)
-    rows = _power_of_two(height * width, 4096 // columns)
-    _activate[(batch * height * width // rows, channels // columns)](
-        pixels, factor, offset, out, height * width, channels, input_scale, LARGEST, rows, columns,
-        num_warps=4,
+    return _normalised(pixels, factor, offset, out, True, True, input_scale)
+
+
+def _normalised(
+    pixels: Tensor,
+    factor: Tensor,
+    offset: Tensor,
+    out: Tensor,
+    silu: bool,
+    saturates: bool,
+    output_scale: float = 1.0,
+) -> Tensor:
+    batch, height, width, channels = pixels.shape
+    columns = power_of_two(channels, 256)
+    rows = power_of_two(height * width, 4096 // columns)
+    _normalise[(batch * height * width // rows, channels // columns)](
+        pixels, factor, offset, out, height * width, channels, output_scale, LARGEST,
+        silu, saturates, rows, columns, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def _box(batch: int, height: int, width: int, pixels: int) -> tuple[int, int, int]:
     """Images, rows and columns of a tile: powers of two that divide the sizes."""
-    w = _power_of_two(width, 64 if pixels >= 256 else 32)
-    h = _power_of_two(height, pixels // w)
-    return _power_of_two(batch, pixels // (w * h)), h, w
-
-
-def _power_of_two(number: int, limit: int) -> int:
-    """The largest that divides a number, at most `limit`."""
-    return min(number & -number, limit)
+    w = power_of_two(width, 64 if pixels >= 256 else 32)
+    h = power_of_two(height, pixels // w)
+    return power_of_two(batch, pixels // (w * h)), h, w
