@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,9 @@ from cap4d_core.files.safetensors_stream import write_safetensors_stream
 from cap4d_core.progress import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
+
+# Threads that read weights.
+_READERS = 4
 
 StoredType = Literal["fp32", "bf16"]
 _STORED_TYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -215,11 +219,11 @@ def save_mmdm(
 def _assign(
     module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    # copy=True: never keep a view into a mapped file, which could change or vanish.
-    module.load_state_dict(
-        {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()},
-        assign=True,
-    )
+    # copy=True: never keep a view into a mapped file, which could change or vanish. Several
+    # threads, because reading, rounding and copying to a GPU take turns.
+    with ThreadPoolExecutor(_READERS) as pool:
+        copies = list(pool.map(lambda t: t.to(device, dtype, copy=True), tensors.values()))
+    module.load_state_dict(dict(zip(tensors, copies, strict=True)), assign=True)
 
 
 def _write_folder(

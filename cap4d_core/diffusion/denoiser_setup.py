@@ -112,7 +112,7 @@ def route_denoiser(
         float8=route.float8,
         fused=route.fused,
     )
-    own_kernels = route.compiled or route.float8
+    own_kernels = route.compiled or route.float8 or route.fused
     folder = use_compile_cache(compile_cache) if compile_cache and own_kernels else None
     if not route.compiled:
         return FastSamplingDenoiser(fast)
