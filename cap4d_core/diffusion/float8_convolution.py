@@ -2,8 +2,7 @@
 
 Numbers are e4m3, see `float8_linear`. Inputs are what follows group norm and SiLU, whose size is
 known beforehand, so one scale serves all of them; every output channel of the weights has its own.
-from cap4d_core.diffusion.float8_linear import LARGEST, MULTIPLE, TYPE, quantise
-from cap4d_core.diffusion.fused_pointwise import factors
+On CUDA by Triton (`triton_kernels`); elsewhere the same numbers are multiplied in float32.
 """
 
 from __future__ import annotations
