@@ -25,7 +25,13 @@ from cap4d_core.diffusion.denoiser import MMDMConfig
 # Parts of kernel names, first match counts: names of convolutions contain 'gemm' as well, and those
 # of fused kernels whatever they are fused from.
 KINDS = {
-    "fused pointwise and norms": ("triton_", "_gate", "_activate"),
+    "fused pointwise and norms": (
+        "triton_",
+        "_gate",
+        "_geglu_tile",
+        "_normalise",
+        "_partial_moments",
+    ),
     "attention": ("flash", "fmha", "sdpa", "attention"),
     "convolution": ("conv", "fprop", "dgrad", "wgrad", "nchw", "nhwc"),
     "matrix product": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
