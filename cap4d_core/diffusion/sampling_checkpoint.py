@@ -111,12 +111,12 @@ class SamplingCheckpoint:
             writing.result()
 
     def remove(self) -> None:
-        """Deletes the file, after success, and what a job killed while writing left of it.
-
-        Raises:
-            OSError: the last write failed.
-        """
-        self.wait()
+        """Deletes the file, after success, and what a job killed while writing left of it."""
+        try:
+            self.wait()
+        except OSError as error:
+            # The result is written, so nobody will need this checkpoint.
+            logger.warning("The last checkpoint could not be written: %s", error)
         self.path.unlink(missing_ok=True)
         for unfinished in self.path.parent.glob(f"{self.path.stem}.tmp-*{self.path.suffix}"):
             unfinished.unlink(missing_ok=True)

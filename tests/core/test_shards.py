@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import signal
 from pathlib import Path
@@ -218,10 +219,27 @@ def test_failed_checkpoint_is_reported_by_the_next(tmp_path: Path) -> None:
 
     (tmp_path / "file").touch()
     checkpoint = SamplingCheckpoint(tmp_path / "file/c.safetensors", "a", 1)
-    for report in (checkpoint.remove, lambda: checkpoint.save_if_due(1, torch.zeros(1))):
-        checkpoint.save_if_due(0, torch.zeros(1))
-        with pytest.raises(OSError, match="file"):
-            report()
+    checkpoint.save_if_due(0, torch.zeros(1))
+    with pytest.raises(OSError, match="file"):
+        checkpoint.save_if_due(1, torch.zeros(1))
+
+
+def test_failed_checkpoint_does_not_spoil_a_finished_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cap4d_core.diffusion import sampling_checkpoint
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "c.safetensors")
+
+    path = tmp_path / "c.safetensors"
+    checkpoint = sampling_checkpoint.SamplingCheckpoint(path, "a", 1)
+    checkpoint.save(0, torch.zeros(1))
+    monkeypatch.setattr(sampling_checkpoint, "write_safetensors", full)
+    checkpoint.save_if_due(1, torch.zeros(1))
+    checkpoint.remove()
+    assert not path.exists()
+    assert "No space left" in caplog.text
 
 
 def killable_job(run: Run, output: Path) -> KillableJob:
