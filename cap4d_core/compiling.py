@@ -14,12 +14,18 @@ from cap4d_core.batch.asset_cache import compiled_folder
 
 logger = logging.getLogger(__name__)
 
+# Compute capability of CUDA devices for which Triton generates code.
+_LEAST_CAPABILITY = (7, 0)
+
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs for a device."""
+    """Whether torch.compile, and Triton on CUDA, have what they need for a device."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    generator = device.type != "cuda" or importlib.util.find_spec("triton") is not None
-    return compiler is not None and generator
+    if compiler is None or device.type != "cuda":
+        return compiler is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
 def use_compile_cache(folder: Path) -> Path | None:

@@ -1,14 +1,16 @@
-"""Where compiled kernels are kept."""
+"""What can be compiled, and where compiled kernels are kept."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from cap4d_core.batch.asset_cache import CACHE_VARIABLE
-from cap4d_core.compiling import use_compile_cache
+from cap4d_core.compiling import can_compile, use_compile_cache
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 TRITON = "TRITON_CACHE_DIR"
@@ -45,3 +47,25 @@ def test_nowhere_if_it_cannot_be_written(tmp_path: Path) -> None:
     assert use_compile_cache(tmp_path / "compiled") is None and not {INDUCTOR, TRITON} & set(
         os.environ
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "possible"), [((6, 1), False), ((7, 5), True), ((9, 0), True)]
+)
+def test_old_gpus_compile_nothing(
+    capability: tuple[int, int], possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CC", "cc")
+    assert can_compile(torch.device("cuda")) is possible
+
+
+def test_compiling_needs_a_compiler_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert can_compile(torch.device("cpu"))
+    assert not can_compile(torch.device("cuda"))
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not can_compile(torch.device("cpu"))
