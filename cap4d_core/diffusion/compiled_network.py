@@ -93,7 +93,7 @@ class CompiledNetwork:
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:  # compilers fail in many ways
-                    reason = _first_line(error)
+                    reason = first_line(error)
                     if compile_ == self._compile:
                         logger.warning(
                             "The %s runs without compiled kernels: %s", self.name, reason
@@ -119,7 +119,7 @@ class CompiledNetwork:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # made elsewhere, damaged
-            logger.info("Compiling anew: %s cannot be used (%s).", file, _first_line(error))
+            logger.info("Compiling anew: %s cannot be used (%s).", file, first_line(error))
             return None
         self.was_loaded = True
         return call, result
@@ -237,5 +237,6 @@ def _without_checksum(content: bytes) -> bytes:
     return rest
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a compiler's error says first, for a log."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -6,6 +6,7 @@ is left, so that a resumed job computes what the killed one would have.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cap4d_core.diffusion import (
     float8_linear,
     fused_pointwise,
 )
-from cap4d_core.diffusion.compiled_network import CompiledNetwork
+from cap4d_core.diffusion.compiled_network import CompiledNetwork, first_line
 from cap4d_core.diffusion.denoiser import MMDMDenoiser
 from cap4d_core.diffusion.fast_denoiser import FastDenoiser, even_batches
 from cap4d_core.diffusion.fast_sampling import FastSamplingDenoiser
@@ -29,6 +30,8 @@ from cap4d_core.diffusion.network_setup import HALF, choose_batches_per_call, ch
 from cap4d_core.diffusion.sampler import Denoiser
 from cap4d_core.errors import UserError
 from cap4d_core.settings import SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 # Compiling takes about a minute the first time and seconds from the cache, and saves about 15 ms
 # per batch of views at the released size on the fastest GPUs, more on others.
@@ -73,6 +76,7 @@ def choose_route(
     precision = choose_precision(settings.precision, device)
     if precision == "fp8" and not fast:
         raise UserError("sampling.precision 'fp8' needs the fast path: set fast_path to 'auto'.")
+    halved = fast and device.type == "cuda" and precision in HALF
     # Float32 convolutions without TF32 are several times slower in channels-last layout.
     channels_last = device.type == "cuda" and precision != "fp32"
     compiled = fast and settings.compile == "on"
@@ -84,9 +88,9 @@ def choose_route(
         compiled,
         channels_last,
         even_batches(batches_per_step, limit) if fast else limit,
-        merged=fast and device.type == "cuda" and precision in HALF,
+        merged=halved,
         float8=precision == "fp8",
-        fused=fast and device.type == "cuda" and precision in HALF and can_compile(device),
+        fused=halved and can_compile(device),
     )
 
 
@@ -100,23 +104,51 @@ def route_denoiser(
         route: what to run.
         compile_cache: folder for compiled kernels, shared by jobs; TORCHINDUCTOR_CACHE_DIR goes
             before it.
+
+    Raises:
+        UserError: 8 bits on a GPU for which no kernels can be made.
     """
     layout = torch.channels_last if route.channels_last else torch.contiguous_format
     denoiser = denoiser.to(memory_format=layout)  # type: ignore[call-overload]
     if not route.fast:
         return denoiser
+    own_kernels = route.compiled or route.float8 or route.fused
+    folder = use_compile_cache(compile_cache) if compile_cache and own_kernels else None
+    fused = route.fused and _kernels_run(denoiser.device)
+    if route.float8 and denoiser.device.type == "cuda" and not fused:
+        raise UserError(
+            "sampling.precision 'fp8' needs Triton on a GPU, with a C compiler and Python's "
+            "headers (Debian: gcc, python3-dev). Install them, or use 'bf16'."
+        )
     fast = FastDenoiser(
         denoiser,
         merge_upsampling=route.merged,
         memory_format=layout,
         float8=route.float8,
-        fused=route.fused,
+        fused=fused,
     )
-    own_kernels = route.compiled or route.float8 or route.fused
-    folder = use_compile_cache(compile_cache) if compile_cache and own_kernels else None
     if not route.compiled:
         return FastSamplingDenoiser(fast)
     return FastSamplingDenoiser(fast, compiled_denoiser(fast, folder), same_shapes=True)
+
+
+def _kernels_run(device: torch.device) -> bool:
+    """Tries one of our kernels: Triton needs more than can be looked up.
+
+    It compiles a launcher against Python's headers and writes to its cache.
+    """
+    try:
+        fused_pointwise.geglu(torch.zeros(2, 32, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        logger.warning(
+            "Triton cannot make kernels here, so sampling is slower: %s. It needs a C compiler and "
+            "Python's headers (Debian: gcc, python3-dev).",
+            first_line(error),
+        )
+        return False
+    return True
 
 
 def compiled_denoiser(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cap4d_core.diffusion import fused_pointwise
 from cap4d_core.diffusion.conditioning_types import FrameConditioning
 from cap4d_core.diffusion.denoiser import MMDMConfig, MMDMDenoiser
 from cap4d_core.diffusion.denoiser_cost import plain_cost, sampling_cost
@@ -29,6 +30,7 @@ from cap4d_core.diffusion.grouping import SeededGrouping
 from cap4d_core.diffusion.network_setup import choose_batches_per_call
 from cap4d_core.diffusion.sampler import StepPlan, sample_stochastic_io
 from cap4d_core.diffusion.schedule import NoiseSchedule
+from cap4d_core.errors import UserError
 from cap4d_core.settings import SamplingSettings
 from tests.core.mmdm_models import TINY, random_denoiser, random_frames
 from tests.core.sampling_fixtures import tiny_settings
@@ -365,6 +367,28 @@ def test_route_depends_on_the_whole_job() -> None:
     assert choose_route(tiny_settings(compile="on"), cpu, 15, 1).compiled
     denoiser = random_denoiser(TINY)
     assert route_denoiser(denoiser, plain) is denoiser
+
+
+def test_without_working_kernels_norms_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_headers(_: Tensor) -> Tensor:
+        raise RuntimeError("fatal error: Python.h: No such file or directory\nmore")
+
+    route = DenoiserRoute(True, False, True, 1, fused=True)
+    step = route_denoiser(random_denoiser(TINY), route)
+    assert isinstance(step, FastSamplingDenoiser) and step.denoiser.fused
+    monkeypatch.setattr(fused_pointwise, "geglu", no_headers)
+    step = route_denoiser(random_denoiser(TINY), route)
+    assert isinstance(step, FastSamplingDenoiser) and not step.denoiser.fused
+    assert "slower: fatal error: Python.h: No such file or directory. It needs" in caplog.text
+
+
+def test_8_bits_need_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = random_denoiser(TINY)
+    monkeypatch.setattr(type(denoiser), "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="'fp8' needs Triton"):
+        route_denoiser(denoiser, DenoiserRoute(True, False, True, 1, float8=True))
 
 
 def test_batches_fill_calls() -> None:
