@@ -74,7 +74,7 @@ def partial_moments(pixels: Tensor) -> Tensor:
         from cap4d_core.diffusion import triton_kernels
 
         return triton_kernels.partial_moments(pixels)
-    parts = _num_parts(pixels)
+    parts = num_parts(pixels)
     shifted = (pixels.float() - pixels[:, :1, :1].float()).flatten(1, 2).unflatten(1, (parts, -1))
     return torch.stack([shifted.sum(2), shifted.square().sum(2)])
 
@@ -82,11 +82,12 @@ def partial_moments(pixels: Tensor) -> Tensor:
 @partial_moments.register_fake
 def _(pixels: Tensor) -> Tensor:
     batch, _, _, channels = pixels.shape
-    shape = (2, batch, _num_parts(pixels), channels)
+    shape = (2, batch, num_parts(pixels), channels)
     return pixels.new_empty(shape, dtype=torch.float32)
 
 
-def _num_parts(pixels: Tensor) -> int:
+def num_parts(pixels: Tensor) -> int:
+    """Parts of an image of (B, H, W, C) that are summed by themselves."""
     _, height, width, channels = pixels.shape
     rows, _, tiles = tile_of(height * width, channels)
     return height * width // (rows * tiles)

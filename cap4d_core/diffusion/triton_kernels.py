@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cap4d_core.diffusion.float8_linear import LARGEST, SMALLEST_SCALE, TYPE
-from cap4d_core.diffusion.fused_pointwise import TILE, power_of_two, tile_of
+from cap4d_core.diffusion.fused_pointwise import TILE, num_parts, power_of_two, tile_of
 
 # Channels of a tile, channels summed at a time, warps.
 _CHANNELS, _SUMMED, _WARPS = 128, 128, 8
@@ -205,7 +205,7 @@ def partial_moments(pixels: Tensor) -> Tensor:
     """As `fused_pointwise.partial_moments`."""
     batch, height, width, channels = pixels.shape
     rows, columns, tiles = tile_of(height * width, channels)
-    parts = height * width // (rows * tiles)
+    parts = num_parts(pixels)
     shape = (2, batch, parts, channels)
     sums = torch.empty(shape, dtype=torch.float32, device=pixels.device)
     _partial_moments[(batch, parts, channels // columns)](

@@ -17,17 +17,7 @@ from cap4d_core.diffusion.float8_convolution import (
     fits,
     is_possible,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def some_norm(channels: int) -> nn.GroupNorm:
-    norm = nn.GroupNorm(8, channels).requires_grad_(False)
-    norm.weight.copy_(normal(channels, seed=3))
-    norm.bias.copy_(normal(channels, seed=4))
-    return norm
+from tests.core.test_fused_pointwise import normal, some_norm
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -37,7 +27,7 @@ def test_results_are_near_the_exact_ones(kind: torch.dtype) -> None:
     weight *= torch.logspace(-3, 3, 32)[:, None, None, None]
     features = normal(2, 48, 8, 16).mul(3).add(1).to(kind)
     features = features.contiguous(memory_format=torch.channels_last)
-    norm = some_norm(48)
+    norm = some_norm(8, 48)
     actual = Float8Convolution(weight)(features, norm, bias)
     exact = F.conv2d(F.silu(norm(features.float())), weight, bias.float(), padding=1)
     assert actual.dtype == kind and actual.is_contiguous(memory_format=torch.channels_last)
