@@ -47,7 +47,8 @@ class DenoiserRoute:
         batches_per_call: batches of views per network call.
         merged: enlargements folded into convolutions; rounds otherwise, within half precision.
         float8: large layers in 8 bits.
-        fused: norms and gates by kernels of our own; the same but for rounding.
+        fused: norms and gates by kernels of our own, where they can be made; the same but for
+            rounding.
     """
 
     fast: bool
